@@ -1,0 +1,394 @@
+"""Every setting of both stages: defaults, presets, command-line flags and their checks.
+
+Each flag is declared once, as a field of a frozen dataclass. A value is taken from the first of
+the command line, the data set's preset and the field's default that has one, so what the user
+passes always wins. Standard library only, so that ``--help`` and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+PAPER = "https://arxiv.org/abs/2311.02089"
+DATASET_CODES = ("ml-100k", "beauty", "games", "ml-100k-classic", "custom")
+DATASET_KEYS = {"1": "ml-100k", "b": "beauty", "g": "games"}
+MODEL_CODES = ("lru",)
+METRICS = ("Recall", "MRR", "NDCG")
+
+
+class UserError(Exception):
+    """A mistake the user can mend. Entry scripts print it as one line and exit with status 2."""
+
+
+# Flag types -----------------------------------------------------------------------------------
+
+
+def boolean(text: str) -> bool:
+    """Read ``true`` or ``false``: ``bool("false")`` is True, which argparse would take as is."""
+    if text.lower() in ("true", "yes", "1"):
+        return True
+    if text.lower() in ("false", "no", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+
+
+def _number(kind: type, lowest: float, highest: float, open_end: bool = False) -> Callable:
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            noun = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"'{text}' is not {noun}") from None
+        if not lowest <= value <= highest or (open_end and value == highest):
+            limit = (
+                f"at least {lowest}" if highest == float("inf") else f"from {lowest} to {highest}"
+            )
+            raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {limit}")
+        return value
+
+    return read
+
+
+positive = _number(int, 1, float("inf"))
+count = _number(int, 0, float("inf"))
+real = _number(float, 0.0, float("inf"), open_end=True)
+rating = _number(float, -float("inf"), float("inf"))
+probability = _number(float, 0.0, 1.0, open_end=True)
+
+
+def flag(default: Any, help: str, type: Callable = str, **options: Any) -> Any:
+    """A dataclass field that is also a command-line flag.
+
+    Args:
+        default: value without a preset and without the flag.
+        help: one line for ``--help``.
+        type: reads one word of the command line.
+        options: ``alias`` (the reference's name for the flag), ``many`` (a list of words),
+            ``choices``.
+    """
+    return field(default=default, metadata={"help": help, "type": type, **options})
+
+
+# Settings -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CommonConfig:
+    """Settings that mean the same in both stages."""
+
+    dataset_code: str | None = flag(None, "data set; asked for when absent", choices=DATASET_CODES)
+    data_root: str = flag("data", "folder of the raw files, downloaded where missing")
+    cache_root: str = flag("data/cache", "folder of preprocessed data and converted models")
+    interactions: str | None = flag(None, "custom data: CSV, TSV, Parquet or .inter file")
+    items: str | None = flag(None, "custom data: item titles, CSV, TSV, Parquet or .item file")
+    min_rating: float = flag(0.0, "keep interactions rated at least this", rating)
+    min_uc: int = flag(5, "keep users with at least this many interactions", positive)
+    min_sc: int = flag(5, "keep items with at least this many interactions", positive)
+
+    seed: int = flag(42, "seed of every random choice", count)
+    device: str | None = flag(None, "cpu or cuda; cuda where there is one", choices=("cpu", "cuda"))
+    experiment_root: str = flag("experiments", "folder of all runs")
+    export_root: str | None = flag(None, "folder of this run, instead of one under the root")
+    resume: bool = flag(False, "go on from where an interrupted run stopped", boolean)
+    use_wandb: bool = flag(False, "log to Weights & Biases as well", boolean)
+    num_workers: int = flag(0, "processes that prepare batches beside the training", count)
+
+    train_batch_size: int = flag(64, "examples in an optimizer step", positive)
+    val_batch_size: int = flag(64, "users scored at once in validation", positive)
+    test_batch_size: int = flag(64, "users scored at once in the test", positive)
+    max_steps: int | None = flag(None, "stop after this many optimizer steps", positive)
+    optimizer: str = flag("AdamW", "optimizer", choices=("AdamW", "Adam"))
+    weight_decay: float = flag(0.01, "weight decay, not on biases and norms", real)
+    adam_epsilon: float = flag(1e-9, "epsilon of the optimizer", real)
+    max_grad_norm: float = flag(5.0, "gradients are clipped to this norm, 0 for never", real)
+    enable_lr_schedule: bool = flag(False, "decay the learning rate linearly to 0", boolean)
+    enable_lr_warmup: bool = flag(False, "warm the learning rate up first", boolean)
+    warmup_steps: int = flag(100, "length of the warm-up in optimizer steps", count)
+    val_strategy: str = flag(
+        "iteration", "validate by steps or by epochs", choices=("iteration", "epoch")
+    )
+    early_stopping: bool = flag(True, "stop when validation no longer improves", boolean)
+
+    def __post_init__(self) -> None:
+        if self.min_uc < 3:
+            raise UserError(
+                f"--min_uc {self.min_uc}: a user needs 3 interactions, "
+                "one each for training, validation and test"
+            )
+        if (self.dataset_code == "custom") != bool(self.interactions and self.items):
+            raise UserError(
+                "--dataset_code custom needs --interactions and --items, and they need it"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """All settings as plain values, for ``config.json``."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class RetrieverConfig(CommonConfig):
+    """Settings of ``train_retriever.py``; the defaults are the paper's (section 4.0.4)."""
+
+    model_code: str = flag("lru", "retriever model", choices=MODEL_CODES)
+    num_epochs: int = flag(500, "at most this many passes over the training data", positive)
+    lr: float = flag(0.001, "learning rate", real)
+    val_iterations: int = flag(500, "optimizer steps between validations", positive)
+    early_stopping_patience: int = flag(20, "validations without a gain before stopping", positive)
+    metric_ks: tuple[int, ...] = flag((1, 5, 10, 20, 50), "cut-offs", positive, many=True)
+    best_metric: str = flag("Recall@10", "validation metric that selects the model")
+    mask_history: str = flag(
+        "test",
+        "where a user's own items cannot be recommended: in the test and the candidates, "
+        "in validation too, or nowhere",
+        choices=("test", "always", "never"),
+    )
+    num_candidates: int = flag(20, "candidates kept for every user", positive)
+    sliding_window_size: float = flag(
+        1.0, "stride of the training windows as a share of --max_len", real
+    )
+    max_len: int = flag(50, "longest sequence the model reads", positive, alias="bert_max_len")
+    hidden_units: int = flag(64, "embedding size", positive, alias="bert_hidden_units")
+    num_blocks: int = flag(2, "number of blocks", positive, alias="bert_num_blocks")
+    num_heads: int = flag(2, "attention heads", positive, alias="bert_num_heads")
+    dropout: float = flag(0.5, "dropout", probability, alias="bert_dropout")
+    attn_dropout: float = flag(
+        0.5, "dropout in attention or recurrence", probability, alias="bert_attn_dropout"
+    )
+    mask_prob: float = flag(0.25, "share of masked items", probability, alias="bert_mask_prob")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_metric("best_metric", self.best_metric, "metric_ks", self.metric_ks)
+        if int(self.sliding_window_size * self.max_len) < 1:
+            raise UserError(
+                f"--sliding_window_size {self.sliding_window_size}: "
+                f"less than one item at --max_len {self.max_len}"
+            )
+
+    @property
+    def run_dir(self) -> Path:
+        """Where this run writes, ``experiments/<model>/<data set>`` unless told otherwise."""
+        default = Path(self.experiment_root, self.model_code, str(self.dataset_code))
+        return Path(self.export_root) if self.export_root else default
+
+
+@dataclass(frozen=True)
+class RankerConfig(CommonConfig):
+    """Settings of ``train_ranker.py``; the defaults are the paper's (section 4.0.4)."""
+
+    llm_retrieved_path: str | None = flag(None, "run folder of the retriever, with candidates.npz")
+    llm_base_model: str | None = flag(
+        None,
+        "causal LM by hub name (name@revision) or folder; Llama-2-7b on CUDA, else smollm2-135m",
+    )
+    llm_base_tokenizer: str | None = flag(None, "tokenizer by name or folder; the model's own")
+    llm_cache_dir: str | None = flag(None, "folder of models from the hub; the hub's own default")
+    llm_load_in_4bit: bool | None = flag(
+        None, "quantise the frozen weights to NF4; true on CUDA, else false", boolean
+    )
+    gradient_checkpointing: bool | None = flag(
+        None, "recompute activations to save memory; true for NF4 on CUDA, else false", boolean
+    )
+    llm_max_title_len: int = flag(32, "longest title in tokens", positive)
+    llm_max_text_len: int = flag(1536, "longest prompt in tokens, oldest history goes", positive)
+    llm_max_history: int = flag(20, "most recent items in the prompt", positive)
+    llm_train_on_inputs: bool = flag(False, "train on the whole prompt, not the answer", boolean)
+    llm_negative_sample_size: int = flag(19, "sampled negatives in a training prompt", positive)
+    llm_system_template: str = flag(
+        "Given user history in chronological order, recommend an item from the candidate pool "
+        "with its index letter.",
+        "instruction of the prompt",
+    )
+    llm_input_template: str = flag(
+        "User history: {}; \n Candidate pool: {}", "input of the prompt: history, candidates"
+    )
+    lora_r: int = flag(8, "rank of the adapters", positive)
+    lora_alpha: int = flag(32, "scale of the adapters", positive)
+    lora_dropout: float = flag(0.05, "dropout of the adapters", probability)
+    lora_target_modules: tuple[str, ...] = flag(
+        ("q_proj", "v_proj"), "modules with adapters", many=True
+    )
+    lora_num_epochs: int = flag(1, "passes over the training prompts", positive)
+    lora_val_iterations: int = flag(100, "optimizer steps between validations", positive)
+    lora_early_stopping_patience: int = flag(20, "validations without a gain", positive)
+    lora_lr: float = flag(1e-4, "learning rate", real)
+    lora_micro_batch_size: int | None = flag(
+        None, "prompts in memory at once; 16 on CUDA, 4 on the CPU", positive
+    )
+    rerank_metric_ks: tuple[int, ...] = flag((1, 5, 10), "cut-offs", positive, many=True)
+    rerank_best_metric: str = flag("NDCG@10", "validation metric that selects the adapter")
+
+    # Where the reference leaves these to the Hugging Face Trainer, its defaults hold.
+    train_batch_size: int = flag(16, "prompts in an optimizer step", positive)
+    val_batch_size: int = flag(16, "prompts scored at once in validation", positive)
+    test_batch_size: int = flag(16, "prompts scored at once in the test", positive)
+    weight_decay: float = flag(0.0, "weight decay of the adapters", real)
+    adam_epsilon: float = flag(1e-8, "epsilon of the optimizer", real)
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm, 0 for never", real)
+    enable_lr_schedule: bool = flag(True, "decay the learning rate linearly to 0", boolean)
+    enable_lr_warmup: bool = flag(True, "warm the learning rate up first", boolean)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_metric(
+            "rerank_best_metric", self.rerank_best_metric, "rerank_metric_ks", self.rerank_metric_ks
+        )
+        if self.llm_retrieved_path is None:
+            raise UserError(
+                "--llm_retrieved_path is missing: name the folder that train_retriever.py wrote, "
+                "e.g. experiments/lru/ml-100k"
+            )
+        if self.llm_input_template.count("{}") != 2:
+            raise UserError(
+                "--llm_input_template needs {} twice, for the history and the candidates"
+            )
+
+    def run_dir(self, model_name: str) -> Path:
+        """Where this run writes, ``experiments/<base model>/<data set>`` unless told otherwise."""
+        default = Path(self.experiment_root, model_name, str(self.dataset_code))
+        return Path(self.export_root) if self.export_root else default
+
+
+def _check_metric(flag_name: str, metric: str, ks_flag: str, ks: tuple[int, ...]) -> None:
+    name, _, k = metric.partition("@")
+    if name not in METRICS or not k.isdigit():
+        raise UserError(
+            f"--{flag_name} {metric}: use {', '.join(METRICS)} and a cut-off, Recall@10"
+        )
+    if int(k) not in ks:
+        raise UserError(f"--{flag_name} {metric}: {k} is not among --{ks_flag}")
+
+
+# Presets (section 4.0.4; dropout and weight decay lie inside the paper's grid) -----------------
+
+_LONG = {"max_len": 200, "train_batch_size": 16}
+RETRIEVER_PRESETS: dict[str, dict[str, Any]] = {"ml-100k": _LONG, "ml-100k-classic": _LONG}
+RANKER_PRESETS: dict[str, dict[str, Any]] = {}
+
+ConfigT = TypeVar("ConfigT", bound=CommonConfig)
+
+
+# Command line ---------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line."""
+
+    def error(self, message: str) -> Any:
+        raise UserError(message.removeprefix("argument "))
+
+
+def _add(parser: Any, name: str, spec: Field) -> None:
+    meta = spec.metadata
+    names = [f"--{name}"] + ([f"--{meta['alias']}"] if "alias" in meta else [])
+    default = spec.default
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    text = meta["help"] + ("" if default is None else f" (default: {shown!s})")
+    options: dict[str, Any] = {"nargs": "+"} if meta.get("many") else {}
+    if "choices" in meta:
+        options["choices"] = meta["choices"]
+    elif meta["type"] is boolean:
+        options["metavar"] = "true|false"
+    else:
+        options["metavar"] = name.rsplit("_", 1)[-1].upper()
+    parser.add_argument(
+        *names,
+        dest=name,
+        type=meta["type"],
+        default=argparse.SUPPRESS,
+        help=text.replace("%", "%%").replace("\n", "\\n"),
+        **options,
+    )
+
+
+def _flags(config: type) -> dict[str, Field]:
+    return {spec.name: spec for spec in fields(config)}
+
+
+def parse(
+    config: type[ConfigT],
+    presets: dict[str, dict[str, Any]],
+    argv: Sequence[str] | None,
+    description: str,
+) -> ConfigT:
+    """Read the command line into a config.
+
+    Flags of the other stage are understood, so that one list of flags serves both scripts, and
+    said to have no effect.
+
+    Args:
+        config: the dataclass to fill.
+        presets: settings by data set code, between the defaults and the command line.
+        argv: the words of the command line, ``sys.argv`` if None.
+        description: the first lines of ``--help``.
+
+    Raises:
+        UserError: a flag that is unknown, malformed or out of range.
+    """
+    parser = _Parser(description=description, allow_abbrev=False)
+    common = _flags(CommonConfig)
+    general, own = parser.add_argument_group("general"), parser.add_argument_group("this stage")
+    for name, spec in _flags(config).items():
+        _add(general if name in common else own, name, spec)
+    other = RankerConfig if config is RetrieverConfig else RetrieverConfig
+    foreign = {n: s for n, s in _flags(other).items() if n not in _flags(config)}
+    for name, spec in foreign.items():
+        _add(parser, name, spec)
+    for action in parser._actions:
+        if action.dest in foreign:
+            action.help = argparse.SUPPRESS
+
+    given = vars(parser.parse_args(argv))
+    unused = [f"--{name}" for name in given if name in foreign]
+    if unused:
+        print(f"note: no effect on this stage: {' '.join(unused)}", file=sys.stderr)
+    given = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k not in foreign
+    }
+    if given.get("dataset_code") is None:
+        given["dataset_code"] = _ask_dataset()
+    return config(**{**presets.get(given["dataset_code"], {}), **given})
+
+
+def _ask_dataset() -> str:
+    codes = ", ".join(DATASET_CODES)
+    if not sys.stdin.isatty():
+        raise UserError(f"--dataset_code is missing: choose one of {codes}")
+    choice = input("Data set: 1 for ml-100k, b for beauty, g for games: ").strip()
+    code = DATASET_KEYS.get(choice, choice)
+    if code not in DATASET_CODES:
+        raise UserError(f"'{choice}' is no data set: type 1, b or g, or one of {codes}")
+    return code
+
+
+def check_device(device: str | None) -> None:
+    """Answer at once, before torch is imported, where CUDA is asked for and has no driver.
+
+    Raises:
+        UserError: there is no CUDA driver.
+    """
+    if device == "cuda" and sys.platform == "linux":
+        try:
+            ctypes.CDLL("libcuda.so.1")
+        except OSError:
+            raise UserError(
+                "--device cuda: this machine has no CUDA driver; use --device cpu"
+            ) from None
+
+
+def run_main(main: Callable[[Sequence[str] | None], None]) -> None:
+    """Run an entry script: a user's mistake becomes one line on stderr and exit status 2."""
+    try:
+        main(None)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; add --resume true to go on", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,1 @@
+"""Batches for both stages, made when they are needed."""

@@ -1,0 +1,48 @@
+"""Order of the training examples: reshuffled every epoch, and resumable at any batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+class ShuffledBatches(Sampler[list[int]]):
+    """Batches of example indices; the order depends on seed and epoch alone.
+
+    Args:
+        num_examples: examples in an epoch.
+        batch_size: examples in a batch; the last batch may be smaller.
+        seed: seed of all epochs' orders.
+    """
+
+    def __init__(self, num_examples: int, batch_size: int, seed: int) -> None:
+        self.num_examples, self.batch_size, self.seed = num_examples, batch_size, seed
+        self.epoch = self.first_batch = 0
+
+    def seek(self, epoch: int, first_batch: int = 0) -> None:
+        """Let the next iteration give ``epoch`` from its batch ``first_batch`` on."""
+        self.epoch, self.first_batch = epoch, first_batch
+
+    def __len__(self) -> int:
+        return -(-self.num_examples // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_examples)
+        for start in range(self.first_batch * self.batch_size, self.num_examples, self.batch_size):
+            yield order[start : start + self.batch_size].tolist()
+
+
+def _as_is(batch: object) -> object:
+    return batch
+
+
+def training_loader(dataset: Dataset, sampler: ShuffledBatches, num_workers: int) -> DataLoader:
+    """Loader over a data set whose ``__getitems__`` makes whole batches from index lists."""
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=_as_is, num_workers=num_workers)
+
+
+def evaluation_loader(dataset: Dataset, batch_size: int, num_workers: int) -> DataLoader:
+    """Like ``training_loader``, in the data set's own order."""
+    return DataLoader(dataset, batch_size=batch_size, collate_fn=_as_is, num_workers=num_workers)

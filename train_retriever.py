@@ -1,0 +1,171 @@
+"""Train a sequential recommender, evaluate it and write the candidates for the ranker.
+
+Example:
+    python train_retriever.py --dataset_code ml-100k
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from config import RETRIEVER_PRESETS, RetrieverConfig, UserError, check_device, parse, run_main
+from datasets import load_dataset
+from datasets.base import Filters
+from storage import read_json
+
+OUTPUTS = ("model.safetensors", "candidates.npz", "val_metrics.json", "test_metrics.json")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = parse(RetrieverConfig, RETRIEVER_PRESETS, argv, __doc__)
+    check_device(config.device)
+    data = load_dataset(
+        config.dataset_code,
+        data_root=config.data_root,
+        cache_root=config.cache_root,
+        filters=Filters(config.min_rating, config.min_uc, config.min_sc),
+        interactions=config.interactions,
+        items=config.items,
+    )
+    print(data.summary())
+    if config.num_candidates > data.num_items:
+        raise UserError(
+            f"--num_candidates {config.num_candidates}: {data.code} has {data.num_items} items"
+        )
+    train(config, data)
+
+
+def train(config: RetrieverConfig, data) -> None:
+    # Imported late, so that mistakes above answer without waiting for torch.
+    import torch
+    from safetensors.torch import load_model, save_model
+
+    from dataloader.candidates import FILE_NAME, save_candidates
+    from dataloader.retriever import Histories, TrainingWindows
+    from dataloader.sampler import ShuffledBatches, evaluation_loader, training_loader
+    from metrics import ranking_metrics
+    from model import build_retriever
+    from storage import atomic_path, write_json
+    from trainer import run
+    from trainer.loop import (
+        LoopSettings,
+        Trainer,
+        build_optimizer,
+        build_schedule,
+        total_steps,
+    )
+    from trainer.retriever import next_item_loss, retrieve
+
+    run_dir = config.run_dir
+    if config.resume and run.is_finished(run_dir, OUTPUTS):
+        print(f"{run_dir} is finished, there is nothing to resume")
+        print(run.metrics_table({"test": read_json(run_dir / "test_metrics.json")}))
+        return
+    accelerator = run.make_accelerator(config.device, config.seed)
+    windows = TrainingWindows(data, config.max_len, config.sliding_window_size)
+    sampler = ShuffledBatches(len(windows), config.train_batch_size, config.seed)
+    settings = LoopSettings(
+        num_epochs=config.num_epochs,
+        max_steps=config.max_steps,
+        val_steps=config.val_iterations if config.val_strategy == "iteration" else None,
+        patience=config.early_stopping_patience if config.early_stopping else None,
+        best_metric=config.best_metric,
+        max_grad_norm=config.max_grad_norm,
+    )
+    model = build_retriever(
+        config.model_code,
+        num_items=data.num_items,
+        hidden_dim=config.hidden_units,
+        num_blocks=config.num_blocks,
+        dropout=config.dropout,
+        attn_dropout=config.attn_dropout,
+    )
+    optimizer = build_optimizer(
+        model,
+        config.optimizer,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        epsilon=config.adam_epsilon,
+        paged=False,
+    )
+    scheduler = build_schedule(
+        optimizer,
+        warmup=config.warmup_steps if config.enable_lr_warmup else 0,
+        total=total_steps(settings, len(sampler)),
+        decay=config.enable_lr_schedule,
+    )
+    train_loader = training_loader(windows, sampler, config.num_workers)
+    loaders = {
+        split: evaluation_loader(Histories(data, split, config.max_len), size, config.num_workers)
+        for split, size in (("val", config.val_batch_size), ("test", config.test_batch_size))
+    }
+    model, optimizer, train_loader, loaders["val"], loaders["test"] = accelerator.prepare(
+        model, optimizer, train_loader, loaders["val"], loaders["test"]
+    )
+    details = {
+        "device": str(accelerator.device),
+        "num_items": data.num_items,
+        "data_fingerprint": data.fingerprint,
+    }
+    log = run.open_run(run_dir, config, details, OUTPUTS, accelerator)
+    weights = run_dir / "model.safetensors"
+
+    def ranked(split: str, mask_history: bool, description: str):
+        return retrieve(
+            accelerator,
+            model,
+            loaders[split],
+            mask_history=mask_history,
+            num_candidates=config.num_candidates,
+            description=description,
+        )
+
+    def validate() -> dict[str, float]:
+        ranks = ranked("val", config.mask_history == "always", "validate").label_ranks
+        return ranking_metrics(ranks, config.metric_ks)
+
+    def save_best() -> None:
+        if accelerator.is_main_process:
+            with atomic_path(weights) as temporary:
+                save_model(accelerator.unwrap_model(model), str(temporary))
+
+    trainer = Trainer(
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        loader=train_loader,
+        sampler=sampler,
+        loss=next_item_loss,
+        validate=validate,
+        save_best=save_best,
+        settings=settings,
+        run_dir=run_dir,
+        fingerprint=run.fingerprint(config.as_dict(), data),
+        log=log,
+    )
+    progress = trainer.fit(config.resume)
+
+    accelerator.wait_for_everyone()
+    load_model(accelerator.unwrap_model(model), str(weights), device=str(accelerator.device))
+    model.eval()
+    val_metrics = validate()
+    candidates = {
+        split: ranked(split, config.mask_history != "never", f"candidates, {split}")
+        for split in ("val", "test")
+    }
+    test_metrics = ranking_metrics(candidates["test"].label_ranks, config.metric_ks)
+    if accelerator.is_main_process:
+        save_candidates(run_dir / FILE_NAME, candidates, data.fingerprint)
+        write_json(run_dir / "val_metrics.json", val_metrics)
+        write_json(run_dir / "test_metrics.json", test_metrics)
+        run.close_run(run_dir, log, {f"test_{k}": v for k, v in test_metrics.items()})
+        print(f"\n{data.code}, {config.model_code}, best of step {progress.best_step:,}")
+        print(run.metrics_table({"validation": val_metrics, "test": test_metrics}))
+        print(f"\nwritten to {run_dir}")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,1 @@
+"""Training and evaluation of both stages on one loop."""

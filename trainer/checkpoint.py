@@ -1,0 +1,96 @@
+"""State of an interrupted run: one safetensors file, written atomically and read without pickle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from config import UserError
+from storage import atomic_path
+
+FILE_NAME = "checkpoint.safetensors"
+
+
+def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Move the tensors of nested dicts and lists into ``tensors``; return what JSON can hold."""
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().contiguous()
+        return {"tensor": path}
+    if isinstance(value, dict):
+        return {"dict": [[k, _flatten(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return {"list": [_flatten(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]}
+    return {"value": value}
+
+
+def _restore(value: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {k: _restore(v, tensors) for k, v in content}
+    if kind == "list":
+        return [_restore(v, tensors) for v in content]
+    return content
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that training changes, by name."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_checkpoint(path: Path, state: Any, fingerprint: str) -> None:
+    """Write nested dicts and lists of tensors and plain values.
+
+    Args:
+        path: the file.
+        state: what to save.
+        fingerprint: names the run that may resume from it.
+    """
+    tensors: dict[str, Tensor] = {}
+    skeleton = _flatten(state, "", tensors)
+    # Tied weights and buffers that share memory cannot lie in one safetensors file as they are.
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    metadata = {"state": json.dumps(skeleton), "fingerprint": fingerprint}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def load_checkpoint(path: Path, fingerprint: str) -> Any | None:
+    """Read what ``save_checkpoint`` wrote, or None if there is no file.
+
+    Raises:
+        UserError: the file is damaged or belongs to a run with other settings or data.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        skeleton = json.loads(metadata["state"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: delete it to start anew") from error
+    if metadata["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{path} belongs to a run with other flags, data or code: "
+            "resume with the flags in config.json, or start anew without --resume"
+        )
+    return _restore(skeleton, tensors)
+
+
+def random_state() -> dict[str, Any]:
+    """State of torch's random number generators."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put back what ``random_state`` returned."""
+    torch.set_rng_state(state["cpu"])
+    torch.cuda.set_rng_state_all(state["cuda"])

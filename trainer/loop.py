@@ -1,0 +1,316 @@
+"""The training loop of both stages: steps, validation, early stopping, log, interruption."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from dataloader.sampler import ShuffledBatches
+from storage import atomic_path
+from trainer.checkpoint import (
+    FILE_NAME,
+    load_checkpoint,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+    trainable_state,
+)
+
+SAVE_SECONDS = 300.0
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """When to validate, when to stop, what to select.
+
+    Attributes:
+        num_epochs: passes over the training data.
+        max_steps: stop after this many optimizer steps, if not None.
+        val_steps: optimizer steps between validations; once an epoch if None.
+        patience: validations without a gain before stopping; never if None.
+        best_metric: the validation metric that selects the weights.
+        max_grad_norm: gradients are clipped to this norm; never if 0.
+    """
+
+    num_epochs: int
+    max_steps: int | None
+    val_steps: int | None
+    patience: int | None
+    best_metric: str
+    max_grad_norm: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    best: float = -math.inf
+    best_step: int = 0
+    rounds_without_gain: int = 0
+    done: bool = False
+
+
+class RunLog:
+    """``log.jsonl``, a line a validation, and Weights & Biases if asked for.
+
+    Args:
+        path: the file; it is rewritten whole, so that it never ends in half a line.
+        tracker: a ``wandb`` run or None.
+    """
+
+    def __init__(self, path: Path, tracker: Any | None = None) -> None:
+        self.path, self.tracker = path, tracker
+        self.records: list[dict[str, Any]] = []
+
+    def load(self, last_step: int) -> None:
+        """Take up the records of an interrupted run up to ``last_step``."""
+        if self.path.exists():
+            records = map(json.loads, self.path.read_text().splitlines())
+            self.records = [r for r in records if r["step"] <= last_step]
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Append a record."""
+        self.records.append(record)
+        with atomic_path(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records))
+        if self.tracker:
+            self.tracker.log(record, step=record["step"])
+
+
+def build_optimizer(
+    model: nn.Module, name: str, *, lr: float, weight_decay: float, epsilon: float, paged: bool
+) -> Optimizer:
+    """AdamW or Adam over the trainable parameters, without decay on biases and layer norms.
+
+    Args:
+        model: the model.
+        name: ``AdamW`` or ``Adam``.
+        lr: learning rate.
+        weight_decay: decay of the other parameters.
+        epsilon: Adam's epsilon.
+        paged: bitsandbytes' AdamW, whose state moves to the host when the GPU is full (QLoRA).
+    """
+    groups: dict[float, list[nn.Parameter]] = {weight_decay: [], 0.0: []}
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            exempt = parameter_name.endswith("bias") or "layer_norm" in parameter_name
+            groups[0.0 if exempt else weight_decay].append(parameter)
+    parameters = [{"params": p, "weight_decay": decay} for decay, p in groups.items() if p]
+    if paged and name == "AdamW":
+        from bitsandbytes.optim import PagedAdamW32bit
+
+        return PagedAdamW32bit(parameters, lr=lr, eps=epsilon)
+    return getattr(torch.optim, name)(parameters, lr=lr, eps=epsilon)
+
+
+def build_schedule(optimizer: Optimizer, *, warmup: int, total: int, decay: bool) -> LambdaLR:
+    """Learning rate: linear warm-up, then constant or linear decay to 0.
+
+    Args:
+        optimizer: the optimizer.
+        warmup: steps of the warm-up, 0 for none.
+        total: steps at whose end a decaying rate is 0.
+        decay: whether the rate decays.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / warmup
+        return max(0.0, (total - step) / max(1, total - warmup)) if decay else 1.0
+
+    return LambdaLR(optimizer, factor)
+
+
+def total_steps(settings: LoopSettings, batches_an_epoch: int) -> int:
+    """Optimizer steps of a run that does not stop early."""
+    steps = settings.num_epochs * batches_an_epoch
+    return steps if settings.max_steps is None else min(steps, settings.max_steps)
+
+
+class Trainer:
+    """Trains one model; both stages use it with their own loss and validation.
+
+    A batch is a list of micro-batches, each with the ``weight`` its mean loss has in the batch's.
+
+    Args:
+        accelerator: holds device and processes.
+        model: the model, prepared by the accelerator.
+        optimizer: prepared likewise.
+        scheduler: learning rate by optimizer step.
+        loader: training batches, prepared likewise.
+        sampler: the loader's sampler, which sets epoch and first batch.
+        loss: mean loss of a micro-batch.
+        validate: metrics on the validation split.
+        save_best: stores the current weights as the best so far.
+        settings: when to validate, stop and select.
+        run_dir: folder of the run.
+        fingerprint: names settings and data, so that no other run is resumed.
+        log: takes a record a validation.
+    """
+
+    def __init__(
+        self,
+        *,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Optimizer,
+        scheduler: LambdaLR,
+        loader: DataLoader,
+        sampler: ShuffledBatches,
+        loss: Callable[[nn.Module, dict[str, Any]], Tensor],
+        validate: Callable[[], Metrics],
+        save_best: Callable[[], None],
+        settings: LoopSettings,
+        run_dir: Path,
+        fingerprint: str,
+        log: RunLog,
+    ) -> None:
+        self.accelerator, self.model = accelerator, model
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.loader, self.sampler = loader, sampler
+        self.loss, self.validate, self.save_best = loss, validate, save_best
+        self.settings, self.log = settings, log
+        self.checkpoint, self.fingerprint = run_dir / FILE_NAME, fingerprint
+        self.progress = Progress()
+        self.losses: list[Tensor] = []
+
+    def fit(self, resume: bool) -> Progress:
+        """Train until the steps are done or validation stops improving.
+
+        Args:
+            resume: go on from the checkpoint if there is one.
+        """
+        settings = self.settings
+        if resume:
+            self._load()
+        total = total_steps(settings, len(self.loader))
+        started, bar = time.monotonic(), None
+        last_save = started
+        if not self.progress.done:
+            bar = tqdm(
+                total=total,
+                initial=self.progress.step,
+                desc="train",
+                unit="step",
+                disable=not self.accelerator.is_main_process,
+                dynamic_ncols=True,
+            )
+        while not self.progress.done:
+            self.sampler.seek(self.progress.epoch, self.progress.batch)
+            for batch in self.loader:
+                self.losses.append(self._step(batch))
+                step = self.progress.step + 1
+                self.progress = replace(self.progress, step=step, batch=self.progress.batch + 1)
+                bar.update()
+                if len(self.losses) % 10 == 1:
+                    bar.set_postfix_str(f"loss {self.losses[-1].item():.4f}")
+                if step == total or (settings.val_steps and step % settings.val_steps == 0):
+                    self._validate(bar, last=step == total)
+                    self._save()
+                    last_save = time.monotonic()
+                elif time.monotonic() - last_save > SAVE_SECONDS:
+                    self._save()
+                    last_save = time.monotonic()
+                if self.progress.done:
+                    break
+            else:
+                if settings.val_steps is None:
+                    self._validate(bar, last=False)
+                self.progress = replace(self.progress, epoch=self.progress.epoch + 1, batch=0)
+                if settings.val_steps is None:
+                    self._save()
+        if bar is not None:
+            bar.close()
+        return self.progress
+
+    def _step(self, batch: list[dict[str, Any]]) -> Tensor:
+        """One optimizer step; returns the batch's mean loss."""
+        self.model.train()
+        total = torch.zeros((), device=self.accelerator.device)
+        for micro_batch in batch:
+            loss = self.loss(self.model, micro_batch) * micro_batch["weight"]
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        if self.settings.max_grad_norm:
+            self.accelerator.clip_grad_norm_(
+                (p for p in self.model.parameters() if p.requires_grad), self.settings.max_grad_norm
+            )
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        return total
+
+    def _validate(self, bar: tqdm, last: bool) -> None:
+        self.model.eval()
+        metrics = self.validate()
+        progress, score = self.progress, metrics[self.settings.best_metric]
+        if score > progress.best:
+            progress = replace(progress, best=score, best_step=progress.step, rounds_without_gain=0)
+            self.save_best()
+        else:
+            progress = replace(progress, rounds_without_gain=progress.rounds_without_gain + 1)
+        patience = self.settings.patience
+        stopped = patience is not None and progress.rounds_without_gain >= patience
+        self.progress = replace(progress, done=last or stopped)
+        loss = torch.stack(self.losses).mean().item() if self.losses else None
+        self.losses = []
+        if self.accelerator.is_main_process:
+            self.log.add(
+                {"step": progress.step, "epoch": progress.epoch, "loss": loss}
+                | {"lr": self.optimizer.param_groups[0]["lr"]}
+                | {f"val_{name}": value for name, value in metrics.items()}
+            )
+            bar.write(
+                f"step {progress.step:,}: loss {loss:.4f}, "
+                f"validation {self.settings.best_metric} {score:.4f} "
+                f"(best {progress.best:.4f} at step {progress.best_step:,})"
+                if loss is not None
+                else f"validation {self.settings.best_metric} {score:.4f}"
+            )
+
+    def _save(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        state = {
+            "model": trainable_state(self.model),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": {"last_epoch": self.scheduler.last_epoch},
+            "random": random_state(),
+            "losses": self.losses,
+            "progress": asdict(self.progress),
+        }
+        save_checkpoint(self.checkpoint, state, self.fingerprint)
+
+    def _load(self) -> None:
+        state = load_checkpoint(self.checkpoint, self.fingerprint)
+        if state is None:
+            self.accelerator.print(f"nothing to resume in {self.checkpoint.parent}: starting anew")
+            return
+        parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, value in state["model"].items():
+                parameters[name].copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
+        set_random_state(state["random"])
+        self.losses = [loss.to(self.accelerator.device) for loss in state["losses"]]
+        self.progress = Progress(**state["progress"])
+        self.log.load(self.progress.step)
+        self.accelerator.print(f"resuming at step {self.progress.step:,}")

@@ -1,0 +1,71 @@
+"""Loss, full-catalogue ranking and candidates of the retriever."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from dataloader.candidates import Candidates
+
+
+def next_item_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Mean cross-entropy of every position's next item over the whole catalogue."""
+    scores = model(batch["item_ids"], batch["positions"], batch["longest"])  # (N, V + 1)
+    return nn.functional.cross_entropy(scores, batch["labels"])
+
+
+def answer_ranks(scores: Tensor, answers: Tensor) -> Tensor:
+    """(B,) 1-based rank of each row's answer: one more than the number of items scored higher."""
+    return 1 + (scores > scores.gather(1, answers[:, None])).sum(1)
+
+
+def mask_items(scores: Tensor, batch: dict[str, Any], history: bool) -> Tensor:
+    """Set to minus infinity what cannot be recommended: column 0 and, if asked, the history."""
+    scores[:, 0] = -torch.inf
+    if history:
+        scores[batch["history_rows"], batch["history_items"]] = -torch.inf
+    return scores
+
+
+@torch.inference_mode()
+def retrieve(
+    accelerator: Accelerator,
+    model: nn.Module,
+    loader: DataLoader,
+    *,
+    mask_history: bool,
+    num_candidates: int,
+    description: str,
+) -> Candidates:
+    """Rank the whole catalogue for every user.
+
+    Args:
+        accelerator: holds device and processes.
+        model: the retriever, in eval mode.
+        loader: evaluation batches, prepared by the accelerator.
+        mask_history: whether a user's own items cannot be recommended.
+        num_candidates: best items kept for each user.
+        description: title of the progress bar.
+    """
+    parts = []
+    quiet = not accelerator.is_main_process
+    for batch in tqdm(loader, desc=description, unit="batch", leave=False, disable=quiet):
+        scores = model(batch["item_ids"], batch["positions"], batch["longest"], batch["keep"])
+        scores = mask_items(scores, batch, mask_history)  # (B, V + 1)
+        best = torch.topk(scores, num_candidates)
+        ranks = answer_ranks(scores, batch["answers"])
+        part = (best.indices, best.values, batch["answers"], ranks)
+        parts.append([x.cpu() for x in accelerator.gather_for_metrics(part)])
+    items, top_scores, answers, ranks = (torch.cat(x).numpy() for x in zip(*parts))
+    return Candidates(
+        items.astype(np.int32),
+        top_scores.astype(np.float32),
+        answers.astype(np.int32),
+        ranks.astype(np.int32),
+    )
