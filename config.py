@@ -121,9 +121,10 @@ class CommonConfig:
                 f"--min_uc {self.min_uc}: a user needs 3 interactions, "
                 "one each for training, validation and test"
             )
-        if (self.dataset_code == "custom") != bool(self.interactions and self.items):
+        files = (self.interactions, self.items)
+        if not all(files) if self.dataset_code == "custom" else any(files):
             raise UserError(
-                "--dataset_code custom needs --interactions and --items, and they need it"
+                "--dataset_code custom needs both --interactions and --items, and they need it"
             )
 
     def as_dict(self) -> dict[str, Any]:
@@ -182,7 +183,9 @@ class RetrieverConfig(CommonConfig):
 class RankerConfig(CommonConfig):
     """Settings of ``train_ranker.py``; the defaults are the paper's (section 4.0.4)."""
 
-    llm_retrieved_path: str | None = flag(None, "run folder of the retriever, with candidates.npz")
+    llm_retrieved_path: str | None = flag(
+        None, "run folder of the retriever; experiments/lru/<data set> under the root"
+    )
     llm_base_model: str | None = flag(
         None,
         "causal LM by hub name (name@revision) or folder; Llama-2-7b on CUDA, else smollm2-135m",
@@ -239,15 +242,16 @@ class RankerConfig(CommonConfig):
         _check_metric(
             "rerank_best_metric", self.rerank_best_metric, "rerank_metric_ks", self.rerank_metric_ks
         )
-        if self.llm_retrieved_path is None:
-            raise UserError(
-                "--llm_retrieved_path is missing: name the folder that train_retriever.py wrote, "
-                "e.g. experiments/lru/ml-100k"
-            )
         if self.llm_input_template.count("{}") != 2:
             raise UserError(
                 "--llm_input_template needs {} twice, for the history and the candidates"
             )
+
+    @property
+    def retrieved_dir(self) -> Path:
+        """The retriever's run folder."""
+        default = Path(self.experiment_root, "lru", str(self.dataset_code))
+        return Path(self.llm_retrieved_path) if self.llm_retrieved_path else default
 
     def run_dir(self, model_name: str) -> Path:
         """Where this run writes, ``experiments/<base model>/<data set>`` unless told otherwise."""
@@ -316,6 +320,7 @@ def parse(
     presets: dict[str, dict[str, Any]],
     argv: Sequence[str] | None,
     description: str,
+    inherit: Callable[[dict[str, Any]], dict[str, Any]] = lambda given: {},
 ) -> ConfigT:
     """Read the command line into a config.
 
@@ -327,6 +332,7 @@ def parse(
         presets: settings by data set code, between the defaults and the command line.
         argv: the words of the command line, ``sys.argv`` if None.
         description: the first lines of ``--help``.
+        inherit: from the flags given, further settings between presets and flags.
 
     Raises:
         UserError: a flag that is unknown, malformed or out of range.
@@ -351,6 +357,7 @@ def parse(
     given = {
         k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k not in foreign
     }
+    given = inherit(given) | given
     if given.get("dataset_code") is None:
         given["dataset_code"] = _ask_dataset()
     return config(**{**presets.get(given["dataset_code"], {}), **given})
@@ -367,19 +374,25 @@ def _ask_dataset() -> str:
     return code
 
 
+def cuda_driver() -> bool:
+    """Whether there is a CUDA driver, without the seconds that importing torch takes."""
+    if sys.platform != "linux":
+        return True  # torch will tell
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 def check_device(device: str | None) -> None:
     """Answer at once, before torch is imported, where CUDA is asked for and has no driver.
 
     Raises:
         UserError: there is no CUDA driver.
     """
-    if device == "cuda" and sys.platform == "linux":
-        try:
-            ctypes.CDLL("libcuda.so.1")
-        except OSError:
-            raise UserError(
-                "--device cuda: this machine has no CUDA driver; use --device cpu"
-            ) from None
+    if device == "cuda" and not cuda_driver():
+        raise UserError("--device cuda: this machine has no CUDA driver; use --device cpu")
 
 
 def run_main(main: Callable[[Sequence[str] | None], None]) -> None:

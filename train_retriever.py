@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from config import RETRIEVER_PRESETS, RetrieverConfig, UserError, check_device, parse, run_main
-from datasets import load_dataset
+from datasets import SequenceDataset, load_dataset
 from datasets.base import Filters
 from storage import read_json
 
@@ -17,6 +17,7 @@ OUTPUTS = ("model.safetensors", "candidates.npz", "val_metrics.json", "test_metr
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Read the settings and the data, then train."""
     config = parse(RetrieverConfig, RETRIEVER_PRESETS, argv, __doc__)
     check_device(config.device)
     data = load_dataset(
@@ -35,16 +36,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     train(config, data)
 
 
-def train(config: RetrieverConfig, data) -> None:
-    # Imported late, so that mistakes above answer without waiting for torch.
-    import torch
+def train(config: RetrieverConfig, data: SequenceDataset) -> None:
+    """Train, select on validation, evaluate on the test split and write the run's files."""
+    # Imported late, so that the mistakes above answer without waiting for torch.
     from safetensors.torch import load_model, save_model
 
-    from dataloader.candidates import FILE_NAME, save_candidates
+    from dataloader.candidates import FILE_NAME, Candidates, save_candidates
     from dataloader.retriever import Histories, TrainingWindows
     from dataloader.sampler import ShuffledBatches, evaluation_loader, training_loader
     from metrics import ranking_metrics
-    from model import build_retriever
+    from model.retriever import build_retriever
     from storage import atomic_path, write_json
     from trainer import run
     from trainer.loop import (
@@ -110,7 +111,7 @@ def train(config: RetrieverConfig, data) -> None:
     log = run.open_run(run_dir, config, details, OUTPUTS, accelerator)
     weights = run_dir / "model.safetensors"
 
-    def ranked(split: str, mask_history: bool, description: str):
+    def ranked(split: str, mask_history: bool, description: str) -> Candidates:
         return retrieve(
             accelerator,
             model,
@@ -163,8 +164,7 @@ def train(config: RetrieverConfig, data) -> None:
         print(f"\n{data.code}, {config.model_code}, best of step {progress.best_step:,}")
         print(run.metrics_table({"validation": val_metrics, "test": test_metrics}))
         print(f"\nwritten to {run_dir}")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ class TrainingWindows(Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[Batch]:
         """One jagged batch of the windows given, as the only micro-batch of its step."""
+        indices = np.asarray(indices) % len(self)
         starts, ends = self.starts[indices], self.ends[indices]
         lengths = np.minimum(ends - starts, self.max_len)
         targets, places = _ranges(ends - lengths, lengths)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 
 class ShuffledBatches(Sampler[list[int]]):
-    """Batches of example indices; the order depends on seed and epoch alone.
+    """Batches of example numbers; the order depends on seed and epoch alone.
+
+    Numbers go on from epoch to epoch: example i has the number i + epoch * num_examples, which
+    lets a data set draw anew what is random about it.
 
     Args:
         num_examples: examples in an epoch.
@@ -30,6 +35,7 @@ class ShuffledBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_examples)
+        order += self.epoch * self.num_examples
         for start in range(self.first_batch * self.batch_size, self.num_examples, self.batch_size):
             yield order[start : start + self.batch_size].tolist()
 
@@ -40,9 +46,18 @@ def _as_is(batch: object) -> object:
 
 def training_loader(dataset: Dataset, sampler: ShuffledBatches, num_workers: int) -> DataLoader:
     """Loader over a data set whose ``__getitems__`` makes whole batches from index lists."""
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=_as_is, num_workers=num_workers)
+    return _loader(dataset, num_workers, batch_sampler=sampler)
 
 
 def evaluation_loader(dataset: Dataset, batch_size: int, num_workers: int) -> DataLoader:
     """Like ``training_loader``, in the data set's own order."""
-    return DataLoader(dataset, batch_size=batch_size, collate_fn=_as_is, num_workers=num_workers)
+    return _loader(dataset, num_workers, batch_size=batch_size)
+
+
+def _loader(dataset: Dataset, num_workers: int, **batches: Any) -> DataLoader:
+    # A loader draws a seed whenever it is iterated. With a generator of its own it leaves the
+    # global one alone, which a resumed run needs in the state it would have had.
+    generator = torch.Generator()
+    return DataLoader(
+        dataset, collate_fn=_as_is, num_workers=num_workers, generator=generator, **batches
+    )

@@ -62,7 +62,7 @@ class RawSource:
     statistics: tuple[int, int, int] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SequenceDataset:
     """Users' chronological item sequences, held flat, with the leave-one-out split.
 
@@ -90,10 +90,12 @@ class SequenceDataset:
 
     @property
     def num_users(self) -> int:
+        """Number of users."""
         return len(self.offsets) - 1
 
     @property
     def num_items(self) -> int:
+        """Number of items, the highest item id."""
         return len(self.titles) - 1
 
     def answers(self, split: str) -> np.ndarray:

@@ -128,9 +128,11 @@ def amazon_titles(path: Path) -> dict[str, str]:
         UserError: the file is missing, truncated, or a line is no record.
     """
     titles: dict[str, str] = {}
+    number = 0
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
+            for line in file:
+                number += 1
                 try:
                     record = json.loads(line)
                 except ValueError:

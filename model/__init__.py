@@ -1,31 +1,4 @@
-"""Retriever models by code, and the LLM ranker."""
+"""Retriever models by code, and the LLM ranker.
 
-from __future__ import annotations
-
-from torch import nn
-
-from model.lru import LRURec
-
-__all__ = ["LRURec", "build_retriever"]
-
-
-def build_retriever(
-    code: str,
-    *,
-    num_items: int,
-    hidden_dim: int,
-    num_blocks: int,
-    dropout: float,
-    attn_dropout: float,
-) -> nn.Module:
-    """Build the retriever with this code.
-
-    Args:
-        code: one of ``config.MODEL_CODES``.
-        num_items: items in the catalogue, numbered from 1.
-        hidden_dim: embedding size.
-        num_blocks: number of blocks.
-        dropout: dropout of embeddings and feed-forward layers.
-        attn_dropout: dropout after attention or recurrence.
-    """
-    return {"lru": LRURec}[code](num_items, hidden_dim, num_blocks, dropout, attn_dropout)
+Modules are imported where they are used: finding a base model needs no torch.
+"""

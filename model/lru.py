@@ -29,6 +29,7 @@ class LinearRecurrence(torch.autograd.Function):
     def forward(
         ctx: Any, u: Tensor, eigenvalues: Tensor, positions: Tensor, longest: int
     ) -> Tensor:
+        """States (N, H) for the input ``u`` (N, H); see ``linear_recurrence``."""
         h = u.clone()
         power, k = eigenvalues, 1
         while k < longest:
@@ -40,7 +41,8 @@ class LinearRecurrence(torch.autograd.Function):
         return h
 
     @staticmethod
-    def backward(ctx: Any, grad_h: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_h: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """Gradients of input and eigenvalues."""
         h, eigenvalues, positions = ctx.saved_tensors
         grad_u = grad_h.clone()
         power, k = eigenvalues.conj(), 1

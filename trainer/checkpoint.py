@@ -73,7 +73,7 @@ def load_checkpoint(path: Path, fingerprint: str) -> Any | None:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         skeleton = json.loads(metadata["state"])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: delete it to start anew") from error

@@ -1,0 +1,64 @@
+"""The verbalizer: from a language model's output to scores of the candidates (section 3.2.2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """(B, L) index of each token within its row's text, whatever padding stands before it."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def candidate_scores(model: nn.Module, batch: dict[str, Any], label_ids: Tensor) -> Tensor:
+    """Scores of the candidates: the logits of their labels after the prompt, in one forward pass.
+
+    Only the last position passes the output layer, only the labels' rows of it are multiplied, and
+    that in float32: in bfloat16, 20 logits of one size are often equal.
+
+    Args:
+        model: causal LM, with or without adapters.
+        batch: left-padded ``input_ids`` and ``attention_mask``, (B, L).
+        label_ids: (C,) token ids of the labels.
+
+    Returns:
+        (B, C) float32.
+    """
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    mask = batch["attention_mask"]
+    hidden = causal_lm.base_model(
+        input_ids=batch["input_ids"],
+        attention_mask=mask,
+        position_ids=position_ids(mask),
+        use_cache=False,
+    ).last_hidden_state[:, -1]  # (B, D)
+    head = causal_lm.get_output_embeddings()
+    bias = None if head.bias is None else head.bias[label_ids].float()
+    return nn.functional.linear(hidden.float(), head.weight[label_ids].float(), bias)
+
+
+def response_loss(model: nn.Module, batch: dict[str, Any], on_inputs: bool) -> Tensor:
+    """Mean cross-entropy of the response: the answer's label and the end of the sequence.
+
+    Args:
+        model: causal LM.
+        batch: left-padded ``input_ids`` and ``attention_mask``, (B, L); the last two tokens of
+            every row are the response.
+        on_inputs: cover the whole prompt instead.
+    """
+    input_ids, mask = batch["input_ids"], batch["attention_mask"]
+    keep = 0 if on_inputs else 3  # the last position's logits are of no use
+    logits = model(
+        input_ids=input_ids,
+        attention_mask=mask,
+        position_ids=position_ids(mask),
+        use_cache=False,
+        logits_to_keep=keep,
+    ).logits[:, :-1]
+    targets = input_ids[:, -logits.shape[1] :]
+    if on_inputs:
+        targets = torch.where(mask[:, :-1].bool(), targets, -100)
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())

@@ -1,0 +1,144 @@
+"""Flags: what the user passes wins, everything is understood, mistakes are one line."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from config import (
+    RANKER_PRESETS,
+    RETRIEVER_PRESETS,
+    RankerConfig,
+    RetrieverConfig,
+    UserError,
+    parse,
+)
+from tests.conftest import run_script
+
+# Every flag of the published code that does something there, with a value it understands.
+REFERENCE_FLAGS = """
+--dataset_code beauty --min_rating 0 --min_uc 5 --min_sc 5 --seed 42 --train_batch_size 64
+--val_batch_size 64 --test_batch_size 64 --num_workers 8 --sliding_window_size 1.0 --device cpu
+--num_epochs 500 --optimizer AdamW --weight_decay 0.01 --adam_epsilon 1e-9 --lr 0.001
+--max_grad_norm 5.0 --enable_lr_schedule true --enable_lr_warmup true --warmup_steps 100
+--val_strategy iteration --val_iterations 500 --early_stopping true --early_stopping_patience 20
+--metric_ks 1 5 10 20 50 --rerank_metric_ks 1 5 10 --best_metric Recall@10
+--rerank_best_metric NDCG@10 --use_wandb false --model_code lru --bert_max_len 50
+--bert_hidden_units 64 --bert_num_blocks 2 --bert_num_heads 2 --bert_dropout 0.2
+--bert_attn_dropout 0.2 --bert_mask_prob 0.25 --llm_base_model meta-llama/Llama-2-7b-hf
+--llm_base_tokenizer meta-llama/Llama-2-7b-hf --llm_max_title_len 32 --llm_max_text_len 1536
+--llm_max_history 20 --llm_train_on_inputs false --llm_negative_sample_size 19
+--llm_system_template Rank. --llm_input_template {}{} --llm_load_in_4bit true
+--llm_retrieved_path experiments/lru/beauty --llm_cache_dir cache --lora_r 8 --lora_alpha 32
+--lora_dropout 0.05 --lora_target_modules q_proj v_proj --lora_num_epochs 1
+--lora_val_iterations 100 --lora_early_stopping_patience 20 --lora_lr 1e-4
+--lora_micro_batch_size 16
+""".split()
+
+
+def retriever(*flags: str) -> RetrieverConfig:
+    return parse(RetrieverConfig, RETRIEVER_PRESETS, flags, "")
+
+
+def ranker(*flags: str) -> RankerConfig:
+    return parse(RankerConfig, RANKER_PRESETS, flags, "")
+
+
+def test_presets_of_the_paper():
+    config = retriever("--dataset_code", "ml-100k")
+    assert (config.max_len, config.train_batch_size) == (200, 16)
+    config = retriever("--dataset_code", "games")
+    assert (config.max_len, config.train_batch_size) == (50, 64)
+    assert (config.dropout, config.weight_decay, config.lr) == (0.5, 0.01, 0.001)
+
+
+def test_flags_win_over_presets():
+    flags = "--dataset_code ml-100k --weight_decay 0 --lr 3e-4 --max_len 7 --train_batch_size 3"
+    config = retriever(*flags.split())
+    assert (config.weight_decay, config.lr) == (0, 3e-4)
+    assert (config.max_len, config.train_batch_size) == (7, 3)
+
+
+def test_booleans_are_read():
+    for text, value in (("false", False), ("False", False), ("0", False), ("TRUE", True)):
+        assert retriever("--dataset_code", "games", "--use_wandb", text).use_wandb is value
+    with pytest.raises(UserError, match="neither true nor false"):
+        retriever("--dataset_code", "games", "--use_wandb", "maybe")
+
+
+def test_names_of_the_reference_are_aliases():
+    config = retriever("--dataset_code", "games", "--bert_max_len", "9", "--bert_dropout", "0.1")
+    assert (config.max_len, config.dropout) == (9, 0.1)
+
+
+def test_both_stages_understand_every_flag(capsys: pytest.CaptureFixture):
+    assert retriever(*REFERENCE_FLAGS).dropout == 0.2
+    assert "--lora_r" in capsys.readouterr().err
+    assert ranker(*REFERENCE_FLAGS).lora_target_modules == ("q_proj", "v_proj")
+    notes = capsys.readouterr().err
+    assert notes.count("\n") == 1 and "--num_epochs" in notes and "--weight_decay" not in notes
+
+
+def test_config_is_frozen():
+    with pytest.raises(AttributeError):
+        retriever("--dataset_code", "games").lr = 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--metric_ks 0",
+        "--metric_ks 5 ten",
+        "--lr -1",
+        "--dropout 1.0",
+        "--max_len 0",
+        "--min_uc 2",
+        "--best_metric Recall@7",
+        "--best_metric Accuracy@10",
+        "--sliding_window_size 0.001",
+        "--model_code gru",
+        "--device tpu",
+        "--learning_rate 0.1",
+        "--lr nan",
+        "--use_wandb perhaps",
+        "--dataset_code netflix",
+        "--dataset_code custom",
+        "--interactions a.csv",
+    ],
+)
+def test_mistakes_are_one_line(flags: str):
+    words = flags.split()
+    if "--dataset_code" not in words:
+        words = ["--dataset_code", "games", *words]
+    with pytest.raises(UserError) as caught:
+        retriever(*words)
+    message = str(caught.value)
+    assert "\n" not in message and re.search(r"--?\w", message)
+
+
+def test_ranker_mistakes():
+    for flags in ("--llm_input_template {}", "--lora_r 0", "--rerank_metric_ks 5"):
+        with pytest.raises(UserError):
+            ranker("--dataset_code", "games", *flags.split())
+
+
+def test_dataset_is_asked_for_at_a_terminal(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    for answer, code in (("1", "ml-100k"), ("b", "beauty"), ("g ", "games"), ("beauty", "beauty")):
+        monkeypatch.setattr("builtins.input", lambda prompt, answer=answer: answer)
+        assert retriever().dataset_code == code
+    monkeypatch.setattr("builtins.input", lambda prompt: "x")
+    with pytest.raises(UserError, match="type 1, b or g"):
+        retriever()
+
+
+@pytest.mark.parametrize("script", ["train_retriever.py", "train_ranker.py"])
+def test_help_and_mistakes_need_no_torch(script: str, tmp_path: Path):
+    blocked = tmp_path / "torch.py"
+    blocked.write_text("raise SystemExit('torch was imported')\n")
+    env = {"PYTHONPATH": str(tmp_path)}
+    done = run_script(script, "--help", env=env)
+    assert done.returncode == 0 and "--dataset_code" in done.stdout, done.stderr
+    done = run_script(script, env=env)
+    assert done.returncode == 2
+    assert "--dataset_code is missing" in done.stderr and "beauty" in done.stderr

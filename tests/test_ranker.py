@@ -1,0 +1,254 @@
+"""The ranker: batches, the verbalizer against stock transformers, NF4 with LoRA, adapters."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
+
+from dataloader.candidates import Candidates
+from dataloader.prompt import PromptBuilder
+from dataloader.ranker import EvaluationPrompts, TrainingPrompts, pad_left, sample_negatives
+from model.ranker import add_lora, load_causal_lm
+from model.verbalizer import candidate_scores, response_loss
+from tests.test_lru import make_data
+from trainer.loop import build_optimizer
+from trainer.ranker import reranked, two_stage_ranks
+
+CPU = torch.device("cpu")
+LORA = {
+    "rank": 8, "alpha": 32, "dropout": 0.0, "target_modules": ("q_proj", "v_proj"),
+    "gradient_checkpointing": False,
+}  # fmt: skip
+
+
+@pytest.fixture()
+def prompts(tiny_llama: Path) -> PromptBuilder:
+    return PromptBuilder(
+        Tokenizer.from_file(str(tiny_llama / "tokenizer.json")),
+        ["", *(f"Part {i} of the Story" for i in range(30))],
+        instruction="Choose.",
+        input_template="User history: {}; Candidate pool: {}",
+        num_candidates=20,
+    )
+
+
+def training_prompts(prompts: PromptBuilder, **options: object) -> TrainingPrompts:
+    arguments = {
+        "num_negatives": 4, "max_history": 5, "micro_batch_size": 3, "eos_id": 1,
+        "on_inputs": False, "seed": 0,
+    }  # fmt: skip
+    return TrainingPrompts(make_data([6, 3, 9]), prompts, **(arguments | options))
+
+
+def test_every_prefix_is_an_example(prompts: PromptBuilder):
+    data = make_data([6, 3, 9])  # training sequences of 4, 1 and 7 items
+    examples = training_prompts(prompts)
+    assert len(examples) == 3 + 0 + 6
+    answers = []
+    for number in range(len(examples)):
+        history, candidates, place = examples.example(number)
+        answers.append(candidates[place])
+        assert len(candidates) == 5 == len(set(candidates.tolist()))
+        negatives = np.delete(candidates, place)
+        start = 0 if number < 3 else 9
+        read = data.item_ids[start : start + (number if number < 3 else number - 3) + 1]
+        assert history.tolist() == read[-5:].tolist()
+        assert not set(negatives.tolist()) & set(read.tolist())
+    assert answers == [*data.item_ids[1:4], *data.item_ids[10:16]]
+
+
+def test_examples_depend_on_their_number_alone(prompts: PromptBuilder):
+    first, second = training_prompts(prompts), training_prompts(prompts)
+    for number in (5, 0, 5):
+        for a, b in zip(first.example(number), second.example(number)):
+            assert np.array_equal(a, b)
+    again = first.example(5 + len(first))  # the next epoch samples anew
+    assert np.array_equal(again[0], first.example(5)[0])
+    assert not np.array_equal(again[1], first.example(5)[1])
+
+
+def test_places_of_the_answer_are_uniform(prompts: PromptBuilder):
+    examples = training_prompts(prompts)
+    places = [examples.example(n)[2] for n in range(2000)]
+    assert np.bincount(places, minlength=5).min() > 330
+
+
+def test_negatives_where_few_items_are_left():
+    rng = np.random.default_rng(0)
+    found = sample_negatives(rng, 6, np.array([1, 2, 3]), 5)
+    assert sorted(found) == [4, 5, 6]
+
+
+def test_micro_batches_weigh_their_targets(prompts: PromptBuilder):
+    for on_inputs in (False, True):
+        examples = training_prompts(prompts, on_inputs=on_inputs)
+        batch = examples.__getitems__(list(range(8)))
+        assert [len(m["input_ids"]) for m in batch] == [3, 3, 2]
+        assert sum(m["weight"] for m in batch) == pytest.approx(1)
+        for micro_batch in batch:
+            assert (micro_batch["input_ids"][:, -1] == 1).all()
+            assert micro_batch["attention_mask"][:, -1].all()
+
+
+def test_loss_equals_stock_and_micro_batches_change_nothing(
+    prompts: PromptBuilder, tiny_llama: Path
+):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    for on_inputs in (False, True):
+        whole = training_prompts(prompts, micro_batch_size=8, on_inputs=on_inputs)
+        parts = training_prompts(prompts, micro_batch_size=3, on_inputs=on_inputs)
+        (batch,) = whole.__getitems__(list(range(8)))
+        ours = response_loss(model, batch, on_inputs)
+        split = sum(
+            response_loss(model, m, on_inputs) * m["weight"]
+            for m in parts.__getitems__(list(range(8)))
+        )
+        ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+        total, count = 0.0, 0
+        for row, real in zip(ids, mask):  # each prompt alone and unpadded
+            row = row[real][None]
+            labels = row.clone()
+            if not on_inputs:
+                labels[:, :-2] = -100
+            targets = (labels[:, 1:] != -100).sum().item()
+            total += model(input_ids=row, labels=labels).loss.item() * targets
+            count += targets
+        assert ours.item() == pytest.approx(total / count, rel=1e-5)
+        assert split.item() == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_scores_equal_full_logits(prompts: PromptBuilder, tiny_llama: Path, batch_size: int):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    rng = np.random.default_rng(0)
+    sequences = [
+        prompts.encode(rng.integers(1, 31, rng.integers(1, 9)), rng.integers(1, 31, 20))
+        for _ in range(16)
+    ]
+    label_ids = torch.from_numpy(prompts.label_ids)
+    with torch.no_grad():
+        stock = torch.cat(
+            [model(torch.from_numpy(x)[None]).logits[:, -1, label_ids] for x in sequences]
+        )
+        ours = torch.cat(
+            [
+                candidate_scores(model, pad_left(sequences[i : i + batch_size], 1), label_ids)
+                for i in range(0, 16, batch_size)
+            ]
+        )
+    torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("in_4bit", [True, False])
+def test_lora_step_and_saved_adapter(
+    prompts: PromptBuilder, tiny_llama: Path, tmp_path: Path, in_4bit: bool
+):
+    torch.manual_seed(0)
+    base = load_causal_lm(tiny_llama, device=CPU, in_4bit=in_4bit)
+    projection = base.model.layers[0].self_attn.q_proj
+    assert type(projection).__name__ == ("Linear4bit" if in_4bit else "Linear")
+    if in_4bit:
+        state = projection.weight.quant_state
+        assert state.quant_type == "nf4" and state.nested
+        assert projection.compute_dtype == torch.bfloat16
+    model = add_lora(base, **LORA)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trainable) == 2 * 2 * 2 and all("lora_" in name for name in trainable)
+    frozen = projection.weight.clone()
+    optimizer = build_optimizer(
+        model, "AdamW", lr=1e-2, weight_decay=0.0, epsilon=1e-8, paged=False
+    )
+    (batch,) = training_prompts(prompts, micro_batch_size=8).__getitems__(list(range(8)))
+    losses = []
+    for _ in range(8):
+        loss = response_loss(model, batch, on_inputs=False)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    assert torch.equal(frozen, projection.weight)
+
+    model.eval()
+    label_ids = torch.from_numpy(prompts.label_ids)
+    with torch.no_grad():
+        scores = candidate_scores(model, batch, label_ids)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    fresh = load_causal_lm(tiny_llama, device=CPU, in_4bit=in_4bit)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert torch.equal(candidate_scores(loaded, batch, label_ids), scores)
+
+
+@pytest.mark.parametrize("in_4bit", [True, False])
+def test_evaluation_in_between_changes_no_gradient(
+    prompts: PromptBuilder, tiny_llama: Path, in_4bit: bool
+):
+    model = add_lora(load_causal_lm(tiny_llama, device=CPU, in_4bit=in_4bit), **LORA)
+    (batch,) = training_prompts(prompts, micro_batch_size=8).__getitems__(list(range(8)))
+
+    def gradients() -> list[torch.Tensor]:
+        model.train().zero_grad()
+        response_loss(model, batch, on_inputs=False).backward()
+        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    before = gradients()
+    with torch.inference_mode():
+        candidate_scores(model.eval(), batch, torch.from_numpy(prompts.label_ids))
+    assert any(g.abs().max() > 0 for g in before)
+    for gradient, later in zip(before, gradients()):
+        assert torch.equal(gradient, later)
+
+
+def test_gradient_checkpointing_changes_no_gradient(prompts: PromptBuilder, tiny_llama: Path):
+    (batch,) = training_prompts(prompts, micro_batch_size=8).__getitems__(list(range(8)))
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        base = load_causal_lm(tiny_llama, device=CPU, in_4bit=False)
+        model = add_lora(base, **(LORA | {"gradient_checkpointing": checkpointing})).train()
+        assert getattr(base.model, "gradient_checkpointing", False) == checkpointing
+        response_loss(model, batch, on_inputs=False).backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for plain, recomputed in zip(*gradients):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def toy_candidates() -> Candidates:
+    return Candidates(
+        items=np.array([[4, 5, 6], [7, 8, 9], [1, 2, 3]], dtype=np.int32),
+        scores=np.array([[3, 2, 1]] * 3, dtype=np.float32),
+        labels=np.array([6, 10, 1], dtype=np.int32),
+        label_ranks=np.array([3, 25, 1], dtype=np.int32),
+    )
+
+
+def test_ranks_of_two_stages():
+    candidates = toy_candidates()
+    users = candidates.retrieved
+    assert users.tolist() == [0, 2]
+    scores = np.array([[0.1, 0.9, 0.5], [0.2, 0.2, 0.3]], dtype=np.float32)
+    ranking = reranked(candidates, users, scores)
+    assert ranking.items.tolist() == [[5, 6, 4], [3, 1, 2]]  # equal scores keep their order
+    assert ranking.label_ranks.tolist() == [2, 2]
+    assert two_stage_ranks(candidates, users, ranking).tolist() == [2, 25, 2]
+    assert candidates.label_ranks.tolist() == [3, 25, 1]
+
+
+def test_evaluation_prompts_cover_retrieved_users(prompts: PromptBuilder):
+    data = make_data([6, 4, 9], num_items=30)
+    items = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]], dtype=np.int32)
+    labels = data.answers("test")
+    items[0, 1], items[2, 0] = labels[0], labels[2]
+    items[1] = [x for x in range(1, 31) if x != labels[1]][:3]
+    candidates = Candidates(items, np.zeros((3, 3), np.float32), labels, np.ones(3, np.int32))
+    dataset = EvaluationPrompts(data, "test", candidates, prompts, max_history=4, pad_id=1)
+    assert sorted(dataset.users.tolist()) == [0, 2]
+    batch = dataset.__getitems__([0, 1])
+    for user, ids, mask in zip(batch["users"], batch["input_ids"], batch["attention_mask"]):
+        history = data.item_ids[data.offsets[user] : data.offsets[user + 1] - 1][-4:]
+        assert ids[mask.bool()].tolist() == prompts.encode(history, items[user]).tolist()

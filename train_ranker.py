@@ -1,0 +1,331 @@
+"""Tune a language model to rank the retriever's candidates, and evaluate both stages together.
+
+Example:
+    python train_ranker.py --llm_retrieved_path experiments/lru/ml-100k
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from config import (
+    RANKER_PRESETS,
+    RankerConfig,
+    UserError,
+    check_device,
+    cuda_driver,
+    parse,
+    run_main,
+)
+from dataloader.candidates import FILE_NAME, Candidates, load_candidates
+from dataloader.prompt import PromptBuilder
+from datasets import SequenceDataset, load_dataset
+from datasets.base import Filters
+from model.hub import (
+    LARGE_MODEL,
+    SMALL_MODEL,
+    BaseModel,
+    end_of_sequence,
+    find_model,
+    load_tokenizer,
+)
+from storage import read_json
+
+OUTPUTS = (
+    "adapter",
+    "rankings.npz",
+    "subset_metrics.json",
+    "retrieval_metrics.json",
+    "overall_metrics.json",
+)
+INHERITED = (
+    "dataset_code", "data_root", "cache_root", "interactions", "items",
+    "min_rating", "min_uc", "min_sc",
+)  # fmt: skip
+
+
+def retriever_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """The data settings of the retriever's run, so that they need not be given again."""
+    if "llm_retrieved_path" not in given:
+        return {}
+    folder = Path(given["llm_retrieved_path"])
+    if not (folder / FILE_NAME).exists():
+        raise UserError(
+            f"--llm_retrieved_path {folder}: no {FILE_NAME} there; name the folder of a finished "
+            "run of train_retriever.py, e.g. experiments/lru/ml-100k"
+        )
+    if not (folder / "config.json").exists():
+        return {}
+    settings = read_json(folder / "config.json")
+    if given.get("dataset_code", settings.get("dataset_code")) != settings.get("dataset_code"):
+        return {}
+    return {name: settings[name] for name in INHERITED if name in settings}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the settings and inputs, then train."""
+    config = parse(RankerConfig, RANKER_PRESETS, argv, __doc__, retriever_settings)
+    check_device(config.device)
+    data = load_dataset(
+        config.dataset_code,
+        data_root=config.data_root,
+        cache_root=config.cache_root,
+        filters=Filters(config.min_rating, config.min_uc, config.min_sc),
+        interactions=config.interactions,
+        items=config.items,
+    )
+    print(data.summary())
+    candidates = load_candidates(config.retrieved_dir / FILE_NAME, data)
+
+    on_cuda = config.device != "cpu" and cuda_driver()
+    if on_cuda and config.device is None:
+        import torch
+
+        on_cuda = torch.cuda.is_available()
+    name = config.llm_base_model or (LARGE_MODEL if on_cuda else SMALL_MODEL)
+    if config.llm_base_model is None:
+        print(f"base model: {name}, the default {'on CUDA' if on_cuda else 'without CUDA'}")
+    base = find_model(name, cache_root=config.cache_root, hub_cache=config.llm_cache_dir)
+    tokenizer_from = base
+    if config.llm_base_tokenizer:
+        tokenizer_from = find_model(
+            config.llm_base_tokenizer,
+            cache_root=config.cache_root,
+            hub_cache=config.llm_cache_dir,
+            flag="--llm_base_tokenizer",
+        )
+    tokenizer = load_tokenizer(tokenizer_from.folder)
+    eos_id = end_of_sequence(tokenizer_from.folder, tokenizer)
+    prompts = PromptBuilder(
+        tokenizer,
+        data.titles,
+        instruction=config.llm_system_template,
+        input_template=config.llm_input_template,
+        num_candidates=max(
+            config.llm_negative_sample_size + 1, *(c.items.shape[1] for c in candidates.values())
+        ),
+        max_title_len=config.llm_max_title_len,
+        max_text_len=config.llm_max_text_len,
+    )
+    train(config, data, candidates, base, prompts, eos_id, on_cuda)
+
+
+def train(
+    config: RankerConfig,
+    data: SequenceDataset,
+    candidates: dict[str, Candidates],
+    base: BaseModel,
+    prompts: PromptBuilder,
+    eos_id: int,
+    on_cuda: bool,
+) -> None:
+    """Tune, select on validation, evaluate on the test split and write the run's files."""
+    # Imported late, so that the mistakes above answer without waiting for torch.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for optional kernels
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    import numpy as np
+    import torch
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    from dataloader.ranker import EvaluationPrompts, TrainingPrompts
+    from dataloader.sampler import ShuffledBatches, evaluation_loader, training_loader
+    from metrics import ranking_metrics
+    from model.ranker import add_lora, load_causal_lm
+    from model.verbalizer import response_loss
+    from storage import atomic_folder, atomic_path, write_json
+    from trainer import run
+    from trainer.loop import (
+        LoopSettings,
+        Trainer,
+        build_optimizer,
+        build_schedule,
+        total_steps,
+    )
+    from trainer.ranker import reranked, score_users, two_stage_ranks
+
+    ks = config.rerank_metric_ks
+    run_dir = config.run_dir(base.name)
+    if config.resume and run.is_finished(run_dir, OUTPUTS):
+        print(f"{run_dir} is finished, there is nothing to resume")
+        print(run.metrics_table({"two stages": read_json(run_dir / "overall_metrics.json")}))
+        return
+    in_4bit = on_cuda if config.llm_load_in_4bit is None else config.llm_load_in_4bit
+    checkpointing = config.gradient_checkpointing
+    checkpointing = in_4bit and on_cuda if checkpointing is None else checkpointing
+    micro_batch_size = config.lora_micro_batch_size or (16 if on_cuda else 4)
+
+    accelerator = run.make_accelerator(config.device, config.seed)
+    examples = TrainingPrompts(
+        data,
+        prompts,
+        num_negatives=config.llm_negative_sample_size,
+        max_history=config.llm_max_history,
+        micro_batch_size=micro_batch_size,
+        eos_id=eos_id,
+        on_inputs=config.llm_train_on_inputs,
+        seed=config.seed,
+    )
+    sampler = ShuffledBatches(len(examples), config.train_batch_size, config.seed)
+    settings = LoopSettings(
+        num_epochs=config.lora_num_epochs,
+        max_steps=config.max_steps,
+        val_steps=config.lora_val_iterations if config.val_strategy == "iteration" else None,
+        patience=config.lora_early_stopping_patience if config.early_stopping else None,
+        best_metric=config.rerank_best_metric,
+        max_grad_norm=config.max_grad_norm,
+    )
+    loaders = {
+        split: evaluation_loader(
+            EvaluationPrompts(
+                data,
+                split,
+                candidates[split],
+                prompts,
+                max_history=config.llm_max_history,
+                pad_id=eos_id,
+            ),
+            batch_size,
+            config.num_workers,
+        )
+        for split, batch_size in (("val", config.val_batch_size), ("test", config.test_batch_size))
+    }
+    if not len(loaders["val"].dataset) or not len(loaders["test"].dataset):
+        raise UserError(
+            f"{config.retrieved_dir}: no user's answer is among the candidates, there is nothing "
+            "to rank; train the retriever longer"
+        )
+    causal_lm = load_causal_lm(base.folder, device=accelerator.device, in_4bit=in_4bit)
+    vocabulary = causal_lm.get_input_embeddings().num_embeddings
+    if prompts.tokenizer.get_vocab_size() > vocabulary:
+        raise UserError(
+            f"the tokenizer has {prompts.tokenizer.get_vocab_size()} tokens, the model "
+            f"{vocabulary}: --llm_base_tokenizer must fit --llm_base_model"
+        )
+    longest = getattr(causal_lm.config, "max_position_embeddings", None)
+    if longest is not None and config.llm_max_text_len > longest:
+        raise UserError(
+            f"--llm_max_text_len {config.llm_max_text_len}: {base.name} reads at most {longest}"
+        )
+    model = add_lora(
+        causal_lm,
+        rank=config.lora_r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+        gradient_checkpointing=checkpointing,
+    )
+    optimizer = build_optimizer(
+        model,
+        config.optimizer,
+        lr=config.lora_lr,
+        weight_decay=config.weight_decay,
+        epsilon=config.adam_epsilon,
+        paged=on_cuda,
+    )
+    scheduler = build_schedule(
+        optimizer,
+        warmup=config.warmup_steps if config.enable_lr_warmup else 0,
+        total=total_steps(settings, len(sampler)),
+        decay=config.enable_lr_schedule,
+    )
+    train_loader = training_loader(examples, sampler, config.num_workers)
+    model, optimizer, train_loader, loaders["val"], loaders["test"] = accelerator.prepare(
+        model, optimizer, train_loader, loaders["val"], loaders["test"]
+    )
+    details = {
+        "device": str(accelerator.device),
+        "llm_base_model": base.name,
+        "llm_revision": base.revision,
+        "llm_load_in_4bit": in_4bit,
+        "gradient_checkpointing": checkpointing,
+        "lora_micro_batch_size": micro_batch_size,
+        "retrieved_from": str(config.retrieved_dir),
+        "data_fingerprint": data.fingerprint,
+    }
+    log = run.open_run(run_dir, config, details, OUTPUTS, accelerator)
+    label_ids = torch.from_numpy(prompts.label_ids).to(accelerator.device)
+    adapter = run_dir / "adapter"
+
+    def ranking(split: str, description: str) -> tuple[np.ndarray, Candidates]:
+        width = candidates[split].items.shape[1]
+        users, scores = score_users(
+            accelerator, model, loaders[split], label_ids[:width], description
+        )
+        return users, reranked(candidates[split], users, scores)
+
+    def validate() -> dict[str, float]:
+        return ranking_metrics(ranking("val", "validate")[1].label_ranks, ks)
+
+    def save_best() -> None:
+        if accelerator.is_main_process:
+            with atomic_folder(adapter) as temporary:
+                accelerator.unwrap_model(model).save_pretrained(
+                    temporary, save_embedding_layers=False
+                )
+
+    trainer = Trainer(
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        loader=train_loader,
+        sampler=sampler,
+        loss=lambda model, batch: response_loss(model, batch, config.llm_train_on_inputs),
+        validate=validate,
+        save_best=save_best,
+        settings=settings,
+        run_dir=run_dir,
+        fingerprint=run.fingerprint(
+            config.as_dict() | details, data, *(c.items.tobytes() for c in candidates.values())
+        ),
+        log=log,
+    )
+    progress = trainer.fit(config.resume)
+
+    accelerator.wait_for_everyone()
+    weights = load_file(adapter / "adapter_model.safetensors", device=str(accelerator.device))
+    set_peft_model_state_dict(accelerator.unwrap_model(model), weights)
+    model.eval()
+    users, ranked = ranking("test", "test")
+    ranks = two_stage_ranks(candidates["test"], users, ranked)
+    retrieved = candidates["test"].label_ranks
+    metrics = {
+        "subset": ranking_metrics(ranked.label_ranks, ks),
+        "retrieval": ranking_metrics(retrieved, ks),
+        "overall": ranking_metrics(ranks, ks),
+    }
+    if accelerator.is_main_process:
+        with atomic_path(run_dir / "rankings.npz") as temporary, open(temporary, "wb") as file:
+            np.savez(
+                file,
+                users=users.astype(np.int32),
+                items=ranked.items,
+                scores=ranked.scores,
+                labels=candidates["test"].labels,
+                label_ranks=ranks,
+            )
+        for name, values in metrics.items():
+            write_json(run_dir / f"{name}_metrics.json", values)
+        run.close_run(run_dir, log, {f"test_{k}": v for k, v in metrics["overall"].items()})
+        columns = {
+            "retriever": metrics["retrieval"],
+            "two stages": metrics["overall"],
+            "retriever (sub)": ranking_metrics(retrieved[users], ks),
+            "ranker (sub)": metrics["subset"],
+        }
+        print(
+            f"\n{data.code}, {base.name}, adapter of step {progress.best_step:,}; all users, then"
+        )
+        print("the subset of users whose answer the retriever found (sub)\n")
+        print(run.metrics_table(columns))
+        print(f"\nwritten to {run_dir}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,79 @@
+"""Scoring with the ranker, and the ranks of the two stages together."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from dataloader.candidates import Candidates
+from model.verbalizer import candidate_scores
+
+
+@torch.inference_mode()
+def score_users(
+    accelerator: Accelerator,
+    model: nn.Module,
+    loader: DataLoader,
+    label_ids: torch.Tensor,
+    description: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Score the candidates of every user in the loader, one forward pass a batch.
+
+    Args:
+        accelerator: holds device and processes.
+        model: the ranker, in eval mode.
+        loader: evaluation prompts, prepared by the accelerator.
+        label_ids: (C,) token ids of the labels.
+        description: title of the progress bar.
+
+    Returns:
+        Users (n,) in ascending order, and their scores (n, C) float32 in the candidates' order.
+    """
+    users, scores = [], []
+    quiet = not accelerator.is_main_process
+    for batch in tqdm(loader, desc=description, unit="batch", leave=False, disable=quiet):
+        part = (batch["users"], candidate_scores(model, batch, label_ids))
+        part = accelerator.gather_for_metrics(part)
+        users.append(part[0].cpu())
+        scores.append(part[1].cpu())
+    if not users:
+        return np.empty(0, dtype=np.int64), np.empty((0, len(label_ids)), dtype=np.float32)
+    order = torch.cat(users).argsort()
+    return torch.cat(users)[order].numpy(), torch.cat(scores)[order].numpy()
+
+
+def reranked(candidates: Candidates, users: np.ndarray, scores: np.ndarray) -> Candidates:
+    """The given users' candidates in the ranker's order; equal scores keep the retriever's.
+
+    Args:
+        candidates: of all users, from the retriever.
+        users: (n,) users whose answer was retrieved.
+        scores: (n, C) the ranker's scores in the candidates' order.
+
+    Returns:
+        The candidates of those users; ``label_ranks`` are the answers' places among them.
+    """
+    order = np.argsort(-scores, axis=1, kind="stable")
+    items = np.take_along_axis(candidates.items[users], order, axis=1)
+    labels = candidates.labels[users]
+    places = (items == labels[:, None]).argmax(axis=1) if len(users) else np.empty(0)
+    return Candidates(
+        items,
+        np.take_along_axis(scores, order, axis=1),
+        labels,
+        (places + 1).astype(np.int32),
+    )
+
+
+def two_stage_ranks(candidates: Candidates, users: np.ndarray, ranking: Candidates) -> np.ndarray:
+    """(num_users,) rank of every user's answer after both stages.
+
+    A user whose answer was not retrieved keeps the retriever's rank.
+    """
+    ranks = candidates.label_ranks.copy()
+    ranks[users] = ranking.label_ranks
+    return ranks
