@@ -224,6 +224,19 @@ def test_interrupted_ranker_resumes_to_the_same_bytes(
             assert (broken / name).read_bytes() == (ranked / name).read_bytes(), name
 
 
+def test_ranker_in_4_bits_on_a_cpu(retrieved: Path, tiny_llama: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    done = run_script(
+        "train_ranker.py", "--llm_retrieved_path", retrieved, "--llm_base_model", tiny_llama,
+        "--llm_load_in_4bit", "true", "--export_root", run, *RANKER_FLAGS,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert names(run) == RANKER_FILES and read(run / "config.json")["llm_load_in_4bit"] is True
+    adapter = read(run / "adapter" / "adapter_config.json")
+    assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"]) == (8, 32, 0.05)
+    assert set(adapter["target_modules"]) == {"q_proj", "v_proj"}
+
+
 def test_resume_without_a_checkpoint_says_so(toy_flags: list, tmp_path: Path):
     done = run_script(
         "train_retriever.py", *toy_flags, *RETRIEVER_FLAGS, "--max_steps", 2, "--export_root",

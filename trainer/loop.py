@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from config import UserError
 from dataloader.sampler import ShuffledBatches
 from storage import atomic_path
 from trainer.checkpoint import (
@@ -189,7 +190,9 @@ class Trainer:
         self.settings, self.log = settings, log
         self.checkpoint, self.fingerprint = run_dir / FILE_NAME, fingerprint
         self.progress = Progress()
-        self.losses: list[Tensor] = []
+        self.losses: list[Tensor] = []  # since the last validation
+        self.total = total_steps(settings, len(loader))
+        self.saved_at = time.monotonic()
 
     def fit(self, resume: bool) -> Progress:
         """Train until the steps are done or validation stops improving.
@@ -197,48 +200,44 @@ class Trainer:
         Args:
             resume: go on from the checkpoint if there is one.
         """
-        settings = self.settings
         if resume:
             self._load()
-        total = total_steps(settings, len(self.loader))
-        started, bar = time.monotonic(), None
-        last_save = started
         if not self.progress.done:
-            bar = tqdm(
-                total=total,
+            with tqdm(
+                total=self.total,
                 initial=self.progress.step,
                 desc="train",
                 unit="step",
                 disable=not self.accelerator.is_main_process,
                 dynamic_ncols=True,
-            )
-        while not self.progress.done:
-            self.sampler.seek(self.progress.epoch, self.progress.batch)
-            for batch in self.loader:
-                self.losses.append(self._step(batch))
-                step = self.progress.step + 1
-                self.progress = replace(self.progress, step=step, batch=self.progress.batch + 1)
-                bar.update()
-                if len(self.losses) % 10 == 1:
-                    bar.set_postfix_str(f"loss {self.losses[-1].item():.4f}")
-                if step == total or (settings.val_steps and step % settings.val_steps == 0):
-                    self._validate(bar, last=step == total)
-                    self._save()
-                    last_save = time.monotonic()
-                elif time.monotonic() - last_save > SAVE_SECONDS:
-                    self._save()
-                    last_save = time.monotonic()
-                if self.progress.done:
-                    break
-            else:
-                if settings.val_steps is None:
-                    self._validate(bar, last=False)
-                self.progress = replace(self.progress, epoch=self.progress.epoch + 1, batch=0)
-                if settings.val_steps is None:
-                    self._save()
-        if bar is not None:
-            bar.close()
+            ) as bar:
+                while not self.progress.done:
+                    self._epoch(bar)
         return self.progress
+
+    def _epoch(self, bar: tqdm) -> None:
+        """Train to the end of the epoch, or to the end of the run."""
+        every = self.settings.val_steps
+        self.sampler.seek(self.progress.epoch, self.progress.batch)
+        for batch in self.loader:
+            self.losses.append(self._step(batch))
+            step = self.progress.step + 1
+            self.progress = replace(self.progress, step=step, batch=self.progress.batch + 1)
+            bar.update()
+            if len(self.losses) % 10 == 1:
+                bar.set_postfix_str(f"loss {self._last_loss():.4f}")
+            if step == self.total or (every and step % every == 0):
+                self._validate(bar)
+                self._save()
+            elif time.monotonic() - self.saved_at > SAVE_SECONDS:
+                self._save()
+            if self.progress.done:
+                return
+        if every is None:
+            self._validate(bar)
+        self.progress = replace(self.progress, epoch=self.progress.epoch + 1, batch=0)
+        if every is None:
+            self._save()
 
     def _step(self, batch: list[dict[str, Any]]) -> Tensor:
         """One optimizer step; returns the batch's mean loss."""
@@ -257,7 +256,18 @@ class Trainer:
         self.optimizer.zero_grad()
         return total
 
-    def _validate(self, bar: tqdm, last: bool) -> None:
+    def _last_loss(self) -> float:
+        loss = self.losses[-1].item()
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} at step {self.progress.step:,}: lower the learning rate; "
+                "--resume true goes on from the last checkpoint"
+            )
+        return loss
+
+    def _validate(self, bar: tqdm) -> None:
+        """Measure the weights, keep them if they are the best, decide whether to stop."""
+        self._last_loss()
         self.model.eval()
         metrics = self.validate()
         progress, score = self.progress, metrics[self.settings.best_metric]
@@ -268,8 +278,8 @@ class Trainer:
             progress = replace(progress, rounds_without_gain=progress.rounds_without_gain + 1)
         patience = self.settings.patience
         stopped = patience is not None and progress.rounds_without_gain >= patience
-        self.progress = replace(progress, done=last or stopped)
-        loss = torch.stack(self.losses).mean().item() if self.losses else None
+        self.progress = replace(progress, done=stopped or progress.step == self.total)
+        loss = torch.stack(self.losses).mean().item()
         self.losses = []
         if self.accelerator.is_main_process:
             self.log.add(
@@ -281,11 +291,10 @@ class Trainer:
                 f"step {progress.step:,}: loss {loss:.4f}, "
                 f"validation {self.settings.best_metric} {score:.4f} "
                 f"(best {progress.best:.4f} at step {progress.best_step:,})"
-                if loss is not None
-                else f"validation {self.settings.best_metric} {score:.4f}"
             )
 
     def _save(self) -> None:
+        self.saved_at = time.monotonic()
         if not self.accelerator.is_main_process:
             return
         state = {

@@ -34,6 +34,7 @@ def score_users(
         Users (n,) in ascending order, and their scores (n, C) float32 in the candidates' order.
     """
     users, scores = [], []
+    model = accelerator.unwrap_model(model)
     quiet = not accelerator.is_main_process
     for batch in tqdm(loader, desc=description, unit="batch", leave=False, disable=quiet):
         part = (batch["users"], candidate_scores(model, batch, label_ids))

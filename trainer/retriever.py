@@ -21,8 +21,11 @@ def next_item_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 
 def answer_ranks(scores: Tensor, answers: Tensor) -> Tensor:
-    """(B,) 1-based rank of each row's answer: one more than the number of items scored higher."""
-    return 1 + (scores > scores.gather(1, answers[:, None])).sum(1)
+    """(B,) 1-based rank of each row's answer: one more than the number of items scored higher.
+
+    Scores that are no numbers count as higher, so that a broken model never looks perfect.
+    """
+    return 1 + (~(scores <= scores.gather(1, answers[:, None]))).sum(1)
 
 
 def mask_items(scores: Tensor, batch: dict[str, Any], history: bool) -> Tensor:
