@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 RETRIEVER_FLAGS := --dataset_code ml-100k-classic --device cpu --max_steps 3000
 RANKER_FLAGS := --llm_retrieved_path experiments/lru/ml-100k-classic --device cpu \
 	--llm_base_model smollm2-135m --llm_max_history 10 --train_batch_size 8 --max_steps 28 \
-	--lora_lr 5e-4 --warmup_steps 4
+	--warmup_steps 4
 
 .PHONY: run test lint format clean
 

@@ -19,6 +19,7 @@ PAPER = "https://arxiv.org/abs/2311.02089"
 DATASET_CODES = ("ml-100k", "beauty", "games", "ml-100k-classic", "custom")
 DATASET_KEYS = {"1": "ml-100k", "b": "beauty", "g": "games"}
 MODEL_CODES = ("lru",)
+NO_EFFECT = {"lru": ("num_heads", "mask_prob")}  # flags that a model does not read
 METRICS = ("Recall", "MRR", "NDCG")
 
 
@@ -337,7 +338,12 @@ def parse(
     Raises:
         UserError: a flag that is unknown, malformed or out of range.
     """
-    parser = _Parser(description=description, allow_abbrev=False)
+    parser = _Parser(
+        usage="%(prog)s [flags]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     common = _flags(CommonConfig)
     general, own = parser.add_argument_group("general"), parser.add_argument_group("this stage")
     for name, spec in _flags(config).items():
@@ -351,9 +357,10 @@ def parse(
             action.help = argparse.SUPPRESS
 
     given = vars(parser.parse_args(argv))
-    unused = [f"--{name}" for name in given if name in foreign]
+    idle = {*foreign, *NO_EFFECT.get(given.get("model_code", "lru"), ())}
+    unused = [f"--{name}" for name in given if name in idle]
     if unused:
-        print(f"note: no effect on this stage: {' '.join(unused)}", file=sys.stderr)
+        print(f"note: no effect on this run: {' '.join(unused)}", file=sys.stderr)
     given = {
         k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k not in foreign
     }

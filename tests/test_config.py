@@ -73,7 +73,8 @@ def test_names_of_the_reference_are_aliases():
 
 def test_both_stages_understand_every_flag(capsys: pytest.CaptureFixture):
     assert retriever(*REFERENCE_FLAGS).dropout == 0.2
-    assert "--lora_r" in capsys.readouterr().err
+    notes = capsys.readouterr().err
+    assert "--lora_r" in notes and "--mask_prob" in notes and "--max_len" not in notes
     assert ranker(*REFERENCE_FLAGS).lora_target_modules == ("q_proj", "v_proj")
     notes = capsys.readouterr().err
     assert notes.count("\n") == 1 and "--num_epochs" in notes and "--weight_decay" not in notes
