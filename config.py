@@ -18,8 +18,12 @@ from typing import Any, TypeVar
 PAPER = "https://arxiv.org/abs/2311.02089"
 DATASET_CODES = ("ml-100k", "beauty", "games", "ml-100k-classic", "custom")
 DATASET_KEYS = {"1": "ml-100k", "b": "beauty", "g": "games"}
-MODEL_CODES = ("lru",)
-NO_EFFECT = {"lru": ("num_heads", "mask_prob")}  # flags that a model does not read
+MODEL_CODES = ("lru", "sas", "bert", "narm")
+NO_EFFECT = {  # flags that a model does not read
+    "lru": ("num_heads", "mask_prob"),
+    "sas": ("mask_prob",),
+    "narm": ("num_heads", "mask_prob"),
+}
 METRICS = ("Recall", "MRR", "NDCG")
 
 
@@ -137,7 +141,9 @@ class CommonConfig:
 class RetrieverConfig(CommonConfig):
     """Settings of ``train_retriever.py``; the defaults are the paper's (section 4.0.4)."""
 
-    model_code: str = flag("lru", "retriever model", choices=MODEL_CODES)
+    model_code: str = flag(
+        "lru", "retriever model: LRURec, SASRec, BERT4Rec or NARM", choices=MODEL_CODES
+    )
     num_epochs: int = flag(500, "at most this many passes over the training data", positive)
     lr: float = flag(0.001, "learning rate", real)
     val_iterations: int = flag(500, "optimizer steps between validations", positive)
@@ -167,6 +173,8 @@ class RetrieverConfig(CommonConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_metric("best_metric", self.best_metric, "metric_ks", self.metric_ks)
+        if self.model_code in ("sas", "bert") and self.hidden_units % self.num_heads:
+            raise UserError(f"--num_heads {self.num_heads} does not divide --hidden_units")
         if int(self.sliding_window_size * self.max_len) < 1:
             raise UserError(
                 f"--sliding_window_size {self.sliding_window_size}: "

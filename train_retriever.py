@@ -42,7 +42,7 @@ def train(config: RetrieverConfig, data: SequenceDataset) -> None:
     from safetensors.torch import load_model, save_model
 
     from dataloader.candidates import FILE_NAME, Candidates, save_candidates
-    from dataloader.retriever import Histories, TrainingWindows
+    from dataloader.retriever import Histories, MaskedWindows, TrainingWindows
     from dataloader.sampler import ShuffledBatches, evaluation_loader, training_loader
     from metrics import ranking_metrics
     from model.retriever import build_retriever
@@ -55,7 +55,7 @@ def train(config: RetrieverConfig, data: SequenceDataset) -> None:
         build_schedule,
         total_steps,
     )
-    from trainer.retriever import next_item_loss, retrieve
+    from trainer.retriever import catalogue_loss, retrieve
 
     run_dir = config.run_dir
     if config.resume and run.is_finished(run_dir, OUTPUTS):
@@ -63,7 +63,12 @@ def train(config: RetrieverConfig, data: SequenceDataset) -> None:
         print(run.metrics_table({"test": read_json(run_dir / "test_metrics.json")}))
         return
     accelerator = run.make_accelerator(config.device, config.seed)
-    windows = TrainingWindows(data, config.max_len, config.sliding_window_size)
+    cut = (data, config.max_len, config.sliding_window_size)
+    if config.model_code == "bert":
+        windows = MaskedWindows(*cut, config.mask_prob, config.seed)
+        mask_token = windows.mask_token
+    else:
+        windows, mask_token = TrainingWindows(*cut), None
     sampler = ShuffledBatches(len(windows), config.train_batch_size, config.seed)
     settings = LoopSettings(
         num_epochs=config.num_epochs,
@@ -76,8 +81,10 @@ def train(config: RetrieverConfig, data: SequenceDataset) -> None:
     model = build_retriever(
         config.model_code,
         num_items=data.num_items,
+        max_len=config.max_len,
         hidden_dim=config.hidden_units,
         num_blocks=config.num_blocks,
+        num_heads=config.num_heads,
         dropout=config.dropout,
         attn_dropout=config.attn_dropout,
     )
@@ -97,7 +104,9 @@ def train(config: RetrieverConfig, data: SequenceDataset) -> None:
     )
     train_loader = training_loader(windows, sampler, config.num_workers)
     loaders = {
-        split: evaluation_loader(Histories(data, split, config.max_len), size, config.num_workers)
+        split: evaluation_loader(
+            Histories(data, split, config.max_len, mask_token), size, config.num_workers
+        )
         for split, size in (("val", config.val_batch_size), ("test", config.test_batch_size))
     }
     model, optimizer, train_loader, loaders["val"], loaders["test"] = accelerator.prepare(
@@ -137,7 +146,7 @@ def train(config: RetrieverConfig, data: SequenceDataset) -> None:
         scheduler=scheduler,
         loader=train_loader,
         sampler=sampler,
-        loss=next_item_loss,
+        loss=catalogue_loss,
         validate=validate,
         save_best=save_best,
         settings=settings,

@@ -143,6 +143,7 @@ class LRURec(nn.Module):
         attn_dropout: float = 0.5,
     ) -> None:
         super().__init__()
+        self.num_items = num_items
         self.embedding = nn.Embedding(num_items + 1, hidden_dim)
         self.dropout = nn.Dropout(dropout)
         self.layer_norm = nn.LayerNorm(hidden_dim)

@@ -14,7 +14,7 @@ from dataloader.prompt import PromptBuilder
 from dataloader.ranker import EvaluationPrompts, TrainingPrompts, pad_left, sample_negatives
 from model.ranker import add_lora, load_causal_lm
 from model.verbalizer import candidate_scores, response_loss
-from tests.test_lru import make_data
+from tests.test_models import make_data
 from trainer.loop import build_optimizer
 from trainer.ranker import reranked, two_stage_ranks
 

@@ -14,9 +14,9 @@ from tqdm import tqdm
 from dataloader.candidates import Candidates
 
 
-def next_item_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """Mean cross-entropy of every position's next item over the whole catalogue."""
-    scores = model(batch["item_ids"], batch["positions"], batch["longest"])  # (N, V + 1)
+def catalogue_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Mean cross-entropy of the labels over the whole catalogue."""
+    scores = model(batch["item_ids"], batch["positions"], batch["longest"], batch.get("keep"))
     return nn.functional.cross_entropy(scores, batch["labels"])
 
 

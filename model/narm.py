@@ -1,0 +1,95 @@
+"""NARM: neural attentive recommendation machine.
+
+J. Li et al., Neural Attentive Session-based Recommendation, CIKM 2017
+(https://arxiv.org/abs/1711.04725). Sequences come jagged, see ``dataloader/retriever.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from model.layers import truncated_normal_
+
+
+class NARM(nn.Module):
+    """A GRU whose last state (global encoder) and attention over its states (local encoder)
+    score items by a bilinear form.
+
+    Every position of a sequence is a session of its own: its global encoding is the state there,
+    its local encoding attends to the states up to there (equations 5 to 8 of the paper).
+
+    Args:
+        num_items: V.
+        hidden_dim: width D of embeddings and states.
+        num_blocks: layers of the GRU.
+        dropout: of the embeddings.
+        attn_dropout: of the encodings before the bilinear form.
+    """
+
+    def __init__(
+        self,
+        num_items: int,
+        hidden_dim: int = 64,
+        num_blocks: int = 1,
+        dropout: float = 0.5,
+        attn_dropout: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.num_items = num_items
+        self.embedding = nn.Embedding(num_items + 1, hidden_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.gru = nn.GRU(hidden_dim, hidden_dim, num_blocks)
+        self.query = nn.Linear(hidden_dim, hidden_dim, bias=False)
+        self.key = nn.Linear(hidden_dim, hidden_dim, bias=False)
+        self.energy = nn.Linear(hidden_dim, 1, bias=False)
+        self.encoding_dropout = nn.Dropout(attn_dropout)
+        self.bilinear = nn.Linear(2 * hidden_dim, hidden_dim, bias=False)
+        truncated_normal_(self)
+
+    def _states(self, x: Tensor, positions: Tensor) -> Tensor:
+        """(N, D) embeddings to (N, D) states of the GRU, without padding."""
+        row = (positions == 0).cumsum(0) - 1
+        lengths = torch.bincount(row)
+        rank = torch.empty_like(lengths)  # place of each row among the rows, longest first
+        rank[lengths.argsort(descending=True, stable=True)] = torch.arange(
+            len(lengths), device=row.device
+        )
+        order = (positions * len(lengths) + rank[row]).argsort()
+        packed = PackedSequence(x[order], torch.bincount(positions).cpu())
+        states = torch.empty_like(x)
+        return states.index_copy(0, order, self.gru(packed)[0].data)
+
+    def _attend(self, states: Tensor, positions: Tensor, keep: Tensor) -> Tensor:
+        """(K, D) sums of the states up to each kept position, weighted by their energies."""
+        counts = positions[keep] + 1  # states that position attends to
+        group = torch.repeat_interleave(counts)  # (P,) which kept position a pair belongs to
+        first = counts.cumsum(0) - counts
+        place = torch.arange(len(group), device=group.device) - first[group]
+        source = (keep - positions[keep])[group] + place
+        query, key = self.query(states[keep]), self.key(states)
+        energy = self.energy(torch.sigmoid(query[group] + key[source]))  # (P, 1)
+        sums = states.new_zeros(len(keep), states.shape[-1])
+        return sums.index_add(0, group, energy * states[source])
+
+    def forward(
+        self, item_ids: Tensor, positions: Tensor, longest: int, keep: Tensor | None = None
+    ) -> Tensor:
+        """Scores of all items as the next one.
+
+        Args:
+            item_ids: (N,) items of all sequences, 0 for the start token.
+            positions: (N,) index of each position within its sequence.
+            longest: length of the longest sequence, of no use here.
+            keep: (K,) positions to score, all if None.
+
+        Returns:
+            (K, V + 1) scores; column 0 belongs to the start token and is no item.
+        """
+        states = self._states(self.dropout(self.embedding(item_ids)), positions)
+        if keep is None:
+            keep = torch.arange(len(positions), device=positions.device)
+        encoding = torch.cat([states[keep], self._attend(states, positions, keep)], dim=-1)
+        encoding = self.bilinear(self.encoding_dropout(encoding))  # (K, D)
+        return nn.functional.linear(encoding, self.embedding.weight)

@@ -1,0 +1,77 @@
+"""SASRec and BERT4Rec: a transformer over item sequences, causal or bidirectional.
+
+W.-C. Kang and J. McAuley, Self-Attentive Sequential Recommendation, ICDM 2018
+(https://arxiv.org/abs/1808.09781); F. Sun et al., BERT4Rec, CIKM 2019
+(https://arxiv.org/abs/1904.06690). Sequences come jagged, see ``dataloader/retriever.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.layers import TransformerBlock, jagged_rows, truncated_normal_
+
+
+class TransformerRec(nn.Module):
+    """Transformer over a catalogue of V items with learned positions and tied output.
+
+    Args:
+        num_items: V.
+        hidden_dim: width D.
+        num_blocks: number of blocks.
+        num_heads: attention heads.
+        dropout: dropout of embeddings and sublayers.
+        attn_dropout: dropout of the attention weights.
+        max_len: longest sequence.
+        causal: SASRec if true; BERT4Rec, with an embedding more for the mask token, if false.
+    """
+
+    def __init__(
+        self,
+        num_items: int,
+        hidden_dim: int = 64,
+        num_blocks: int = 2,
+        num_heads: int = 2,
+        dropout: float = 0.5,
+        attn_dropout: float = 0.5,
+        max_len: int = 50,
+        *,
+        causal: bool = True,
+    ) -> None:
+        super().__init__()
+        self.num_items, self.causal = num_items, causal
+        self.embedding = nn.Embedding(num_items + (1 if causal else 2), hidden_dim)
+        self.position_embedding = nn.Embedding(max_len, hidden_dim)
+        self.layer_norm = nn.LayerNorm(hidden_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(hidden_dim, num_heads, dropout, attn_dropout, causal=causal)
+            for _ in range(num_blocks)
+        )
+        self.output_bias = nn.Parameter(torch.zeros(num_items + 1))
+        truncated_normal_(self)
+
+    def forward(
+        self, item_ids: Tensor, positions: Tensor, longest: int, keep: Tensor | None = None
+    ) -> Tensor:
+        """Scores of all items: the next one (SASRec) or the masked one (BERT4Rec).
+
+        Args:
+            item_ids: (N,) items of all sequences, 0 for the start token, V + 1 for the mask.
+            positions: (N,) index of each position within its sequence.
+            longest: length of the longest sequence.
+            keep: (K,) positions to score, all if None.
+
+        Returns:
+            (K, V + 1) scores; column 0 belongs to the start token and is no item.
+        """
+        rows = jagged_rows(positions, longest, filled=not self.causal)
+        x = self.embedding(item_ids) + self.position_embedding(positions)
+        x = self.dropout(self.layer_norm(x))
+        for block in self.blocks:
+            x = block(x, rows)
+        if keep is not None:
+            x = x[keep]
+        weight = self.embedding.weight[: self.num_items + 1]
+        return nn.functional.linear(x, weight, self.output_bias)
