@@ -264,6 +264,50 @@ def test_wandb_offline(toy_flags: list, tmp_path: Path):
     assert list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
 
 
+def test_optimizer_holds_what_the_flags_say(
+    toy_flags: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import train_retriever
+
+    held = []
+
+    class Recorder(torch.optim.AdamW):
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            super().__init__(*args, **kwargs)
+            held.append(self)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Recorder)
+    flags = [*toy_flags, "--device", "cpu", "--max_steps", 1, "--export_root", tmp_path / "run"]
+    changed = ["--weight_decay", 0.3, "--lr", 3e-4, "--adam_epsilon", 1e-7]
+    train_retriever.main([str(flag) for flag in (*flags, *changed)])
+    train_retriever.main([str(flag) for flag in (*flags, "--weight_decay", 0, "--lr", 3e-4)])
+    decays = [{group["weight_decay"] for group in x.param_groups} for x in held]
+    assert decays == [{0.3, 0.0}, {0.0}]
+    assert {group["lr"] for x in held for group in x.param_groups} == {3e-4}
+    assert held[0].defaults["eps"] == 1e-7
+    for group in held[0].param_groups:
+        assert all((p.ndim == 1) for p in group["params"]) or group["weight_decay"] == 0.3
+
+
+@pytest.mark.parametrize("code", ["sas", "bert", "narm"])
+def test_baselines_feed_the_ranker(code: str, toy_flags: list, tiny_llama: Path, tmp_path: Path):
+    done = run_script(
+        "train_retriever.py", *toy_flags, "--device", "cpu", "--model_code", code, "--max_steps",
+        40, "--train_batch_size", 16, "--experiment_root", tmp_path, "--dropout", 0.1,
+        "--max_len", 10,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert names(tmp_path / code / "custom") == RETRIEVER_FILES
+    assert read(tmp_path / code / "custom" / "test_metrics.json")["Recall@20"] > 0.5
+    if code == "bert":
+        done = run_script(
+            "train_ranker.py", "--llm_retrieved_path", tmp_path / code / "custom",
+            "--llm_base_model", tiny_llama, "--experiment_root", tmp_path, "--max_steps", 1,
+            "--device", "cpu",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+
 def test_validation_by_epoch(toy_flags: list, tmp_path: Path):
     run = tmp_path / "run"
     done = run_script(
