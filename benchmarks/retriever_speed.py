@@ -29,6 +29,7 @@ from config import MODEL_CODES, RETRIEVER_PRESETS, RetrieverConfig
 from dataloader.retriever import Histories, MaskedWindows, TrainingWindows
 from datasets import SequenceDataset, load_dataset
 from datasets.base import Filters
+from model.layers import Dropout
 from model.retriever import build_retriever
 from trainer.loop import build_optimizer
 from trainer.retriever import answer_ranks, catalogue_loss, mask_items
@@ -70,6 +71,9 @@ def measure(
         return model, optimizer
 
     plain_model, plain_optimizer = build()
+    for module in plain_model.modules():
+        if isinstance(module, Dropout):
+            module.__class__ = nn.Dropout  # the plain way drops out as torch does
     model, optimizer = build()
     windows = TrainingWindows(data, max_len, 1.0)
     if code == "bert":

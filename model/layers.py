@@ -2,22 +2,113 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 
+class Dropout(nn.Dropout):
+    """Dropout that draws 16 random bits an element on the CPU, where torch's own draws 64.
+
+    The share of dropped elements is rounded to a multiple of 1 / 65,536. Random numbers are a
+    quarter of a training step otherwise.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zero each element with probability p and scale the others by 1 / (1 - p)."""
+        if not self.training or self.p == 0 or x.device.type != "cpu":
+            return super().forward(x)
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None)
+        bits = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform over all int16
+        kept = bits >= round(self.p * (1 << 16)) - (1 << 15)
+        return x * kept.to(x.dtype).mul_(1 / (1 - self.p))
+
+
+# Scores held at once: what a cache holds on the CPU, what memory can spare on a GPU.
+CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
+MIN_CHUNK_ROWS = 64
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of ``x @ weight.T + bias`` that never holds all (N, V) scores.
+
+    Rows are taken in chunks. As the loss is a plain mean, the gradients of a chunk are known once
+    its scores are, so they are computed in the forward pass and its scores forgotten.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+        """Scalar loss for ``x`` (N, D), ``weight`` (V, D), ``bias`` (V,) and ``labels`` (N,)."""
+        elements = CHUNK_ELEMENTS.get(x.device.type, CHUNK_ELEMENTS["cuda"])
+        rows = max(MIN_CHUNK_ROWS, elements // len(weight))
+        loss = x.new_zeros(())
+        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+        grad_bias = None if bias is None else torch.zeros_like(bias)
+        for part, grad_part, label in zip(
+            x.split(rows), grad_x.split(rows), labels[:, None].split(rows)
+        ):
+            scores = nn.functional.linear(part, weight, bias)  # (rows, V)
+            highest = scores.amax(1, keepdim=True)
+            loss += (highest - scores.gather(1, label)).sum()
+            weights = scores.sub_(highest).exp_()  # in place of the scores, as all that follows
+            totals = weights.sum(1, keepdim=True)
+            loss += totals.log().sum()
+            grad = weights.div_(totals)
+            grad.scatter_add_(1, label, grad.new_full((), -1).expand_as(label))
+            torch.mm(grad, weight, out=grad_part)
+            grad_weight.addmm_(grad.T, part)
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+        ctx.save_for_backward(grad_x, grad_weight, grad_bias)
+        return loss / len(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of ``x``, ``weight`` and ``bias``."""
+        grad_x, grad_weight, grad_bias = ctx.saved_tensors
+        scale = grad_loss / len(grad_x)
+        return (
+            grad_x * scale,
+            grad_weight * scale,
+            None if grad_bias is None else grad_bias * scale,
+            None,
+        )
+
+
+def catalogue_output(
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None
+) -> Tensor:
+    """Scores of all items, or their mean cross-entropy if there are labels.
+
+    Args:
+        x: (K, D) encodings.
+        weight: (V + 1, D) item embeddings.
+        bias: (V + 1,) or None.
+        labels: (K,) item ids or None.
+
+    Returns:
+        (K, V + 1) scores, or a scalar.
+    """
+    if labels is None:
+        return nn.functional.linear(x, weight, bias)
+    return LinearCrossEntropy.apply(x, weight, bias, labels)
+
+
 class Rows(NamedTuple):
-    """Where the N positions of a jagged batch lie among B padded rows of ``longest`` positions.
+    """Where the positions of a jagged batch lie among B rows padded on the right.
+
+    A sequence of one item attends to itself alone and needs no row.
 
     Attributes:
-        places: (N,) index of each position on the flattened (B * longest,) axis.
+        source: (M,) positions on the flat axis that lie in rows.
+        places: (M,) where, on the flattened (B * longest,) axis.
         num_rows: B.
         longest: length of a row.
         filled: (B, longest) which positions of the rows are sequence, or None if it is not needed.
     """
 
+    source: Tensor
     places: Tensor
     num_rows: int
     longest: int
@@ -25,22 +116,24 @@ class Rows(NamedTuple):
 
 
 def jagged_rows(positions: Tensor, longest: int, *, filled: bool) -> Rows:
-    """Lay the sequences of a jagged batch out in rows that are padded on the right.
+    """Lay the sequences of a jagged batch out in rows.
 
     Args:
         positions: (N,) index of each position within its sequence.
         longest: length of the longest sequence.
         filled: whether to mark the rows' filled positions.
     """
-    row = (positions == 0).cumsum(0) - 1
-    num_rows = int(row[-1]) + 1
-    places = row * longest + positions
+    sequence = (positions == 0).cumsum(0) - 1  # (N,)
+    has_row = torch.bincount(sequence) > 1
+    num_rows = int(has_row.sum())
+    source = has_row[sequence].nonzero()[:, 0]
+    places = (has_row.cumsum(0) - 1)[sequence[source]] * longest + positions[source]
     mask = None
     if filled:
         mask = torch.zeros(num_rows * longest, dtype=torch.bool, device=positions.device)
         mask[places] = True
         mask = mask.view(num_rows, longest)
-    return Rows(places, num_rows, longest, mask)
+    return Rows(source, places, num_rows, longest, mask)
 
 
 class SelfAttention(nn.Module):
@@ -64,14 +157,21 @@ class SelfAttention(nn.Module):
         self.num_heads, self.attn_dropout, self.causal = num_heads, attn_dropout, causal
         self.in_proj = nn.Linear(dim, 3 * dim)
         self.out_proj = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.layer_norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
         """(N, D) to (N, D)."""
         qkv = self.in_proj(x)  # (N, 3 D)
+        y = qkv.chunk(3, dim=-1)[2]  # (N, D) values: what a single item attends to
+        if rows.num_rows:
+            y = y.index_copy(0, rows.source, self._attend(qkv, rows))
+        return self.layer_norm(x + self.dropout(self.out_proj(y)))
+
+    def _attend(self, qkv: Tensor, rows: Rows) -> Tensor:
+        """Queries, keys and values (N, 3 D) to what the positions in rows attend to, (M, D)."""
         padded = qkv.new_zeros(rows.num_rows * rows.longest, qkv.shape[-1])
-        padded = padded.index_copy(0, rows.places, qkv)
+        padded = padded.index_copy(0, rows.places, qkv[rows.source])
         padded = padded.view(rows.num_rows, rows.longest, 3, self.num_heads, -1)
         query, key, value = padded.permute(2, 0, 3, 1, 4)  # (B, heads, longest, D / heads) each
         y = nn.functional.scaled_dot_product_attention(
@@ -82,8 +182,7 @@ class SelfAttention(nn.Module):
             dropout_p=self.attn_dropout if self.training else 0.0,
             is_causal=self.causal,
         )
-        y = y.transpose(1, 2).flatten(0, 1).flatten(-2)[rows.places]  # (N, D)
-        return self.layer_norm(x + self.dropout(self.out_proj(y)))
+        return y.transpose(1, 2).flatten(0, 1).flatten(-2)[rows.places]
 
 
 class TransformerBlock(nn.Module):
@@ -114,7 +213,7 @@ class FeedForward(nn.Module):
         self.inner = nn.Linear(dim, 4 * dim)
         self.outer = nn.Linear(4 * dim, dim)
         self.activation = nn.GELU()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.layer_norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:

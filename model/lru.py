@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.layers import FeedForward, truncated_normal_
+from model.layers import Dropout, FeedForward, catalogue_output, truncated_normal_
 
 
 class LinearRecurrence(torch.autograd.Function):
@@ -94,7 +94,7 @@ class LRULayer(nn.Module):
         self.gamma_log = nn.Parameter(0.5 * torch.log(1 - modulus_squared))
         self.in_proj = nn.Linear(dim, 2 * states)
         self.out_proj = nn.Linear(2 * states, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.layer_norm = nn.LayerNorm(dim)
 
     def eigenvalues(self) -> Tensor:
@@ -145,7 +145,7 @@ class LRURec(nn.Module):
         super().__init__()
         self.num_items = num_items
         self.embedding = nn.Embedding(num_items + 1, hidden_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.layer_norm = nn.LayerNorm(hidden_dim)
         self.blocks = nn.ModuleList(
             LRUBlock(hidden_dim, dropout, attn_dropout) for _ in range(num_blocks)
@@ -154,7 +154,12 @@ class LRURec(nn.Module):
         truncated_normal_(self)
 
     def forward(
-        self, item_ids: Tensor, positions: Tensor, longest: int, keep: Tensor | None = None
+        self,
+        item_ids: Tensor,
+        positions: Tensor,
+        longest: int,
+        keep: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor:
         """Scores of all items as the next one.
 
@@ -163,13 +168,15 @@ class LRURec(nn.Module):
             positions: (N,) index of each position within its sequence.
             longest: length of the longest sequence.
             keep: (K,) positions to score, all if None.
+            labels: (K,) items that should score highest, for training.
 
         Returns:
-            (K, V + 1) scores; column 0 belongs to the start token and is no item.
+            (K, V + 1) scores, of which column 0 belongs to the start token and is no item; or the
+            mean cross-entropy if there are labels.
         """
         x = self.layer_norm(self.dropout(self.embedding(item_ids)))
         for block in self.blocks:
             x = block(x, positions, longest)
         if keep is not None:
             x = x[keep]
-        return nn.functional.linear(x, self.embedding.weight, self.output_bias)
+        return catalogue_output(x, self.embedding.weight, self.output_bias, labels)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from model.layers import truncated_normal_
+from model.layers import Dropout, catalogue_output, truncated_normal_
 
 
 class NARM(nn.Module):
@@ -39,12 +39,12 @@ class NARM(nn.Module):
         super().__init__()
         self.num_items = num_items
         self.embedding = nn.Embedding(num_items + 1, hidden_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.gru = nn.GRU(hidden_dim, hidden_dim, num_blocks)
         self.query = nn.Linear(hidden_dim, hidden_dim, bias=False)
         self.key = nn.Linear(hidden_dim, hidden_dim, bias=False)
         self.energy = nn.Linear(hidden_dim, 1, bias=False)
-        self.encoding_dropout = nn.Dropout(attn_dropout)
+        self.encoding_dropout = Dropout(attn_dropout)
         self.bilinear = nn.Linear(2 * hidden_dim, hidden_dim, bias=False)
         truncated_normal_(self)
 
@@ -74,7 +74,12 @@ class NARM(nn.Module):
         return sums.index_add(0, group, energy * states[source])
 
     def forward(
-        self, item_ids: Tensor, positions: Tensor, longest: int, keep: Tensor | None = None
+        self,
+        item_ids: Tensor,
+        positions: Tensor,
+        longest: int,
+        keep: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor:
         """Scores of all items as the next one.
 
@@ -83,13 +88,15 @@ class NARM(nn.Module):
             positions: (N,) index of each position within its sequence.
             longest: length of the longest sequence, of no use here.
             keep: (K,) positions to score, all if None.
+            labels: (K,) items that should score highest, for training.
 
         Returns:
-            (K, V + 1) scores; column 0 belongs to the start token and is no item.
+            (K, V + 1) scores, of which column 0 belongs to the start token and is no item; or the
+            mean cross-entropy if there are labels.
         """
         states = self._states(self.dropout(self.embedding(item_ids)), positions)
         if keep is None:
             keep = torch.arange(len(positions), device=positions.device)
         encoding = torch.cat([states[keep], self._attend(states, positions, keep)], dim=-1)
         encoding = self.bilinear(self.encoding_dropout(encoding))  # (K, D)
-        return nn.functional.linear(encoding, self.embedding.weight)
+        return catalogue_output(encoding, self.embedding.weight, None, labels)

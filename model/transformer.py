@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.layers import TransformerBlock, jagged_rows, truncated_normal_
+from model.layers import Dropout, TransformerBlock, catalogue_output, jagged_rows, truncated_normal_
 
 
 class TransformerRec(nn.Module):
@@ -44,7 +44,7 @@ class TransformerRec(nn.Module):
         self.embedding = nn.Embedding(num_items + (1 if causal else 2), hidden_dim)
         self.position_embedding = nn.Embedding(max_len, hidden_dim)
         self.layer_norm = nn.LayerNorm(hidden_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(
             TransformerBlock(hidden_dim, num_heads, dropout, attn_dropout, causal=causal)
             for _ in range(num_blocks)
@@ -53,7 +53,12 @@ class TransformerRec(nn.Module):
         truncated_normal_(self)
 
     def forward(
-        self, item_ids: Tensor, positions: Tensor, longest: int, keep: Tensor | None = None
+        self,
+        item_ids: Tensor,
+        positions: Tensor,
+        longest: int,
+        keep: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor:
         """Scores of all items: the next one (SASRec) or the masked one (BERT4Rec).
 
@@ -62,9 +67,11 @@ class TransformerRec(nn.Module):
             positions: (N,) index of each position within its sequence.
             longest: length of the longest sequence.
             keep: (K,) positions to score, all if None.
+            labels: (K,) items that should score highest, for training.
 
         Returns:
-            (K, V + 1) scores; column 0 belongs to the start token and is no item.
+            (K, V + 1) scores, of which column 0 belongs to the start token and is no item; or the
+            mean cross-entropy if there are labels.
         """
         rows = jagged_rows(positions, longest, filled=not self.causal)
         x = self.embedding(item_ids) + self.position_embedding(positions)
@@ -74,4 +81,4 @@ class TransformerRec(nn.Module):
         if keep is not None:
             x = x[keep]
         weight = self.embedding.weight[: self.num_items + 1]
-        return nn.functional.linear(x, weight, self.output_bias)
+        return catalogue_output(x, weight, self.output_bias, labels)

@@ -16,8 +16,9 @@ from dataloader.candidates import Candidates
 
 def catalogue_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """Mean cross-entropy of the labels over the whole catalogue."""
-    scores = model(batch["item_ids"], batch["positions"], batch["longest"], batch.get("keep"))
-    return nn.functional.cross_entropy(scores, batch["labels"])
+    return model(
+        batch["item_ids"], batch["positions"], batch["longest"], batch.get("keep"), batch["labels"]
+    )
 
 
 def answer_ranks(scores: Tensor, answers: Tensor) -> Tensor:
