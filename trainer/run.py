@@ -34,6 +34,7 @@ _IMMATERIAL = {
     "interactions",
     "items",
     "llm_retrieved_path",
+    "retrieved_from",
 }
 
 
@@ -45,7 +46,8 @@ def make_accelerator(device: str | None, seed: int) -> Accelerator:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device; use --device cpu")
-    accelerator = Accelerator(cpu=device == "cpu")
+    # Never another accelerator: the recurrence is complex, which not all of them can compute.
+    accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
     set_seed(seed)
     return accelerator
 
