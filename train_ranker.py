@@ -41,6 +41,7 @@ OUTPUTS = (
     "subset_metrics.json",
     "retrieval_metrics.json",
     "overall_metrics.json",
+    "fused_metrics.json",
 )
 INHERITED = (
     "dataset_code", "data_root", "cache_root", "interactions", "items",
@@ -146,7 +147,13 @@ def train(
         build_schedule,
         total_steps,
     )
-    from trainer.ranker import reranked, score_users, two_stage_ranks
+    from trainer.ranker import (
+        fused_scores,
+        fusion_weight,
+        reranked,
+        score_users,
+        two_stage_ranks,
+    )
 
     ks = config.rerank_metric_ks
     run_dir = config.run_dir(base.name)
@@ -251,17 +258,18 @@ def train(
     label_ids = torch.from_numpy(prompts.label_ids).to(accelerator.device)
     adapter = run_dir / "adapter"
 
-    def ranking(split: str, description: str) -> tuple[np.ndarray, Candidates]:
+    val_scores: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # of the latest and best adapter
+
+    def score(split: str, description: str) -> tuple[np.ndarray, np.ndarray]:
         width = candidates[split].items.shape[1]
-        users, scores = score_users(
-            accelerator, model, loaders[split], label_ids[:width], description
-        )
-        return users, reranked(candidates[split], users, scores)
+        return score_users(accelerator, model, loaders[split], label_ids[:width], description)
 
     def validate() -> dict[str, float]:
-        return ranking_metrics(ranking("val", "validate")[1].label_ranks, ks)
+        val_scores["latest"] = score("val", "validate")
+        return ranking_metrics(reranked(candidates["val"], *val_scores["latest"]).label_ranks, ks)
 
     def save_best() -> None:
+        val_scores["best"] = val_scores["latest"]
         if accelerator.is_main_process:
             with atomic_folder(adapter) as temporary:
                 accelerator.unwrap_model(model).save_pretrained(
@@ -291,13 +299,22 @@ def train(
     weights = load_file(adapter / "adapter_model.safetensors", device=str(accelerator.device))
     set_peft_model_state_dict(accelerator.unwrap_model(model), weights)
     model.eval()
-    users, ranked = ranking("test", "test")
+    if "best" not in val_scores:  # found before the run was interrupted
+        val_scores["best"] = score("val", "validate")
+    weight = fusion_weight(candidates["val"], *val_scores["best"], config.rerank_best_metric)
+    users, scores = score("test", "test")
+    ranked = reranked(candidates["test"], users, scores)
+    fused = reranked(
+        candidates["test"], users, fused_scores(candidates["test"], users, scores, weight)
+    )
     ranks = two_stage_ranks(candidates["test"], users, ranked)
     retrieved = candidates["test"].label_ranks
     metrics = {
         "subset": ranking_metrics(ranked.label_ranks, ks),
         "retrieval": ranking_metrics(retrieved, ks),
         "overall": ranking_metrics(ranks, ks),
+        "fused": ranking_metrics(two_stage_ranks(candidates["test"], users, fused), ks)
+        | {"weight": weight},
     }
     if accelerator.is_main_process:
         with atomic_path(run_dir / "rankings.npz") as temporary, open(temporary, "wb") as file:
@@ -315,13 +332,17 @@ def train(
         columns = {
             "retriever": metrics["retrieval"],
             "two stages": metrics["overall"],
+            "fused": metrics["fused"],
             "retriever (sub)": ranking_metrics(retrieved[users], ks),
             "ranker (sub)": metrics["subset"],
         }
         print(
-            f"\n{data.code}, {base.name}, adapter of step {progress.best_step:,}; all users, then"
+            f"""
+{data.code}, {base.name}, adapter of step {progress.best_step:,}. All users: the retriever, both
+stages, and their scores fused with a weight of {weight:.2f} that validation chose; then (sub) the
+users whose answer the retriever found.
+"""
         )
-        print("the subset of users whose answer the retriever found (sub)\n")
         print(run.metrics_table(columns))
         print(f"\nwritten to {run_dir}")
     accelerator.end_training()

@@ -91,17 +91,17 @@ class PromptBuilder:
         shortened = list(titles)
         anchor = self.tokenizer.encode(_ANCHOR, add_special_tokens=False).ids
         limit = len(anchor) + max_title_len
-        todo = range(len(shortened))
-        while todo:
-            texts = [f"{_ANCHOR} {shortened[i]}" for i in todo]
+        pending = range(len(shortened))
+        while pending:
+            texts = [f"{_ANCHOR} {shortened[i]}" for i in pending]
             encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
             long = []
-            for i, text, encoding in zip(todo, texts, encodings):
+            for i, text, encoding in zip(pending, texts, encodings):
                 if len(encoding.ids) > limit:
                     cut = max(encoding.offsets[limit][0], len(_ANCHOR) + 2)
                     shortened[i] = text[:cut][len(_ANCHOR) :].strip()
                     long.append(i)
-            todo = long
+            pending = long
         return shortened
 
     def _label_ids(self, num_candidates: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from model.ranker import add_lora, load_causal_lm
 from model.verbalizer import candidate_scores, response_loss
 from tests.test_models import make_data
 from trainer.loop import build_optimizer
-from trainer.ranker import reranked, two_stage_ranks
+from trainer.ranker import fused_scores, fusion_weight, reranked, two_stage_ranks
 
 CPU = torch.device("cpu")
 LORA = {
@@ -237,6 +237,38 @@ def test_ranks_of_two_stages():
     assert ranking.label_ranks.tolist() == [2, 2]
     assert two_stage_ranks(candidates, users, ranking).tolist() == [2, 25, 2]
     assert candidates.label_ranks.tolist() == [3, 25, 1]
+
+
+def test_fusion_lies_between_the_stages_and_is_chosen_on_validation():
+    candidates = toy_candidates()
+    users = candidates.retrieved
+    scores = np.array([[0.0, 0.0, 9.0], [0.0, 0.0, 9.0]], dtype=np.float32)  # third, always
+
+    def items(weight: float) -> list:
+        return reranked(
+            candidates, users, fused_scores(candidates, users, scores, weight)
+        ).items.tolist()
+
+    assert items(0) == candidates.items[users].tolist()
+    assert items(1) == reranked(candidates, users, scores).items.tolist()
+    fused = fused_scores(candidates, users, scores, 0.5)[0]
+    ours = np.exp([0, 0, 9]) / np.exp([0, 0, 9]).sum()
+    theirs = np.exp([3, 2, 1]) / np.exp([3, 2, 1]).sum()
+    assert fused == pytest.approx(0.5 * np.log(ours) + 0.5 * np.log(theirs))
+    # User 0 has the answer third, user 2 first: MRR@3 is the same for both orders and better for
+    # neither, while a ranker that is right for both wins.
+    right = np.array([[0.0, 0.0, 9.0], [9.0, 0.0, 0.0]], dtype=np.float32)
+    assert fusion_weight(candidates, users, right, "MRR@3") > 0
+    wrong = np.array([[0.0, 9.0, 0.0], [0.0, 9.0, 0.0]], dtype=np.float32)
+    assert fusion_weight(candidates, users, wrong, "MRR@3") == 0
+
+
+def test_fusion_where_an_item_cannot_be_recommended():
+    candidates = toy_candidates()
+    candidates.scores[0, 2] = -np.inf
+    scores = np.array([[0.0, 1.0, 9.0]], dtype=np.float32)
+    for weight in (0.0, 0.5, 1.0):
+        assert not np.isnan(fused_scores(candidates, np.array([0]), scores, weight)).any()
 
 
 def test_evaluation_prompts_cover_retrieved_users(prompts: PromptBuilder):

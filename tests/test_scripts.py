@@ -31,8 +31,8 @@ RETRIEVER_FILES = [
     "val_metrics.json",
 ]  # fmt: skip
 RANKER_FILES = [
-    "adapter", "config.json", "log.jsonl", "overall_metrics.json", "rankings.npz",
-    "retrieval_metrics.json", "subset_metrics.json",
+    "adapter", "config.json", "fused_metrics.json", "log.jsonl", "overall_metrics.json",
+    "rankings.npz", "retrieval_metrics.json", "subset_metrics.json",
 ]  # fmt: skip
 
 
@@ -111,6 +111,8 @@ def test_ranker_writes_the_contract(ranked: Path, retrieved: Path):
             np.where(file["label_ranks"] <= 10, 1 / file["label_ranks"], 0).mean(), abs=1e-15
         )
     assert overall["Recall@5"] == pytest.approx(metrics["Recall@5"] * subset.mean())
+    fused = read(ranked / "fused_metrics.json")
+    assert 0 <= fused.pop("weight") <= 1 and list(fused) == list(overall)
 
 
 def test_adapter_loads_with_peft_and_scores_the_same(

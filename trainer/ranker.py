@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataloader.candidates import Candidates
+from metrics import ranking_metrics
 from model.verbalizer import candidate_scores
 
 
@@ -68,6 +69,49 @@ def reranked(candidates: Candidates, users: np.ndarray, scores: np.ndarray) -> C
         labels,
         (places + 1).astype(np.int32),
     )
+
+
+def fused_scores(
+    candidates: Candidates, users: np.ndarray, scores: np.ndarray, weight: float
+) -> np.ndarray:
+    """Weighted geometric mean of both stages' distributions over the candidates, as logarithms.
+
+    Args:
+        candidates: of all users, from the retriever.
+        users: (n,) users that the ranker scored.
+        scores: (n, C) the ranker's scores in the candidates' order.
+        weight: of the ranker, from 0 (the retriever's order) to 1 (the ranker's).
+
+    Returns:
+        (n, C) float64.
+    """
+
+    def log_softmax(x: np.ndarray) -> np.ndarray:
+        x = x.astype(np.float64)
+        x = x - x.max(axis=1, keepdims=True)
+        return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+
+    retrieved = log_softmax(candidates.scores[users])
+    if weight == 1:  # an item that cannot be recommended has a score of minus infinity
+        return log_softmax(scores)
+    return weight * log_softmax(scores) + (1 - weight) * retrieved
+
+
+def fusion_weight(
+    candidates: Candidates, users: np.ndarray, scores: np.ndarray, metric: str
+) -> float:
+    """The ranker's weight, of 0, 0.05, ..., 1, that is best on the validation split.
+
+    Of equally good weights the smallest is taken. Arguments as of ``fused_scores``; ``metric`` is
+    the one to maximise, such as ``NDCG@10``.
+    """
+    k = int(metric.split("@")[1])
+
+    def quality(weight: float) -> float:
+        fused = reranked(candidates, users, fused_scores(candidates, users, scores, weight))
+        return ranking_metrics(fused.label_ranks, [k])[metric]
+
+    return max((step / 20 for step in range(21)), key=quality)
 
 
 def two_stage_ranks(candidates: Candidates, users: np.ndarray, ranking: Candidates) -> np.ndarray:

@@ -129,7 +129,7 @@ def close_run(run_dir: Path, log: RunLog, summary: dict[str, Any]) -> None:
 
 def metrics_table(columns: dict[str, dict[str, float]]) -> str:
     """Metrics as lines of text, a column for each named dict."""
-    names = [name for name in next(iter(columns.values())) if name != "num_users"]
+    names = [name for name in next(iter(columns.values())) if "@" in name]
     lines = [" " * 10 + "".join(f"{title:>16}" for title in columns)]
     lines += [
         f"{name:<10}" + "".join(f"{metrics[name]:>16.4f}" for metrics in columns.values())
