@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+
+# What a hit at a rank is worth. The ideal ranking's gain is 1, so NDCG needs no division.
+METRIC_GAINS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "Recall": np.ones_like,
+    "MRR": lambda ranks: 1 / ranks,
+    "NDCG": lambda ranks: 1 / np.log2(ranks + 1),
+}
+
+
+def user_gains(ranks: np.ndarray, name: str, k: int) -> np.ndarray:
+    """(users,) each user's Recall, MRR or NDCG at ``k``: 0 if the answer's rank is beyond it.
+
+    Args:
+        ranks: (users,) 1-based rank of the answer among all items.
+        name: ``Recall``, ``MRR`` or ``NDCG``.
+        k: cut-off.
+    """
+    ranks = np.asarray(ranks, dtype=np.float64)
+    return np.where(ranks <= k, METRIC_GAINS[name](ranks), 0.0)
 
 
 def ranking_metrics(ranks: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
     """Means over users of Recall@k, MRR@k and NDCG@k.
-
-    With a single relevant item at rank r, for r <= k: Recall = 1, MRR = 1 / r and
-    NDCG = 1 / log2(r + 1), as the ideal ranking's gain is 1; all are 0 for r > k.
 
     Args:
         ranks: (users,) 1-based rank of the answer among all items.
@@ -21,12 +37,10 @@ def ranking_metrics(ranks: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
         ``Recall@k``, ``MRR@k`` and ``NDCG@k`` for each k, and ``num_users``. Without users the
         metrics are 0.
     """
-    ranks = np.asarray(ranks, dtype=np.float64)
     metrics: dict[str, float] = {}
     for k in ks:
-        hit = ranks <= k
-        gains = {"Recall": hit, "MRR": hit / ranks, "NDCG": hit / np.log2(ranks + 1)}
-        for name, gain in gains.items():
-            metrics[f"{name}@{k}"] = float(gain.mean()) if len(ranks) else 0.0
+        for name in METRIC_GAINS:
+            gains = user_gains(ranks, name, k)
+            metrics[f"{name}@{k}"] = float(gains.mean()) if len(gains) else 0.0
     metrics["num_users"] = len(ranks)
     return metrics

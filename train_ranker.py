@@ -62,8 +62,14 @@ def retriever_settings(given: dict[str, Any]) -> dict[str, Any]:
     if not (folder / "config.json").exists():
         return {}
     settings = read_json(folder / "config.json")
-    if given.get("dataset_code", settings.get("dataset_code")) != settings.get("dataset_code"):
-        return {}
+    if not isinstance(settings, dict):
+        raise UserError(f"{folder / 'config.json'} holds no settings: run train_retriever.py again")
+    code = settings.get("dataset_code")
+    if given.get("dataset_code", code) != code:
+        raise UserError(
+            f"--llm_retrieved_path {folder} belongs to another data set, {code}: leave out "
+            f"--dataset_code {given['dataset_code']} or name its retriever's folder"
+        )
     return {name: settings[name] for name in INHERITED if name in settings}
 
 

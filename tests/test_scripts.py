@@ -507,6 +507,8 @@ def test_retrieved_path_missing_empty_or_truncated(damaged: Path, tmp_path: Path
 def test_candidates_of_another_dataset(retrieved: Path, toy_flags: list, tmp_path: Path):
     flags = ["--llm_retrieved_path", retrieved, "--min_uc", 9, "--cache_root", tmp_path]
     fails("train_ranker.py", *flags, says="another data set")
+    flags = ["--llm_retrieved_path", retrieved, "--dataset_code", "games"]
+    fails("train_ranker.py", *flags, says="another data set, custom")
 
 
 def test_more_candidates_than_labels(retrieved: Path, tiny_llama: Path):

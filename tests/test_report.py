@@ -1,0 +1,56 @@
+"""The report: tables beside the paper, bootstrap intervals, comparisons."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import report
+from config import UserError
+from tests.conftest import ROOT, run_script
+
+
+def test_paper_tables_hold_both_tables():
+    paper = json.loads((ROOT / "experiments" / "paper.json").read_text())
+    assert paper["all_users"]["beauty"]["LRURec"]["NDCG@10"] == 0.0533
+    assert paper["retrieved_users"]["games"]["LlamaRec"]["Recall@5"] == 0.4995
+    for table in ("all_users", "retrieved_users"):
+        for models in paper[table].values():
+            assert set(models) == {"NARM", "BERT4Rec", "SASRec", "LRURec", "LlamaRec"}
+            assert all(tuple(metrics) == report.METRICS for metrics in models.values())
+
+
+def test_interval_is_that_of_the_mean():
+    values = (np.random.default_rng(0).random(2000) < 0.3).astype(float)
+    low, high = report.interval(values)
+    error = 1.96 * np.sqrt(values.mean() * (1 - values.mean()) / len(values))
+    assert low == pytest.approx(values.mean() - error, abs=error / 10)
+    assert high == pytest.approx(values.mean() + error, abs=error / 10)
+
+
+def test_report_on_a_run(retrieved: Path, tmp_path: Path):
+    target = tmp_path / "lru" / "custom"
+    shutil.copytree(retrieved, target)
+    done = run_script("report.py", "--experiment_root", tmp_path)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((target / "test_metrics.json").read_text())
+    text = (tmp_path / "report.md").read_text()
+    assert f"| `custom` | lru | NDCG@10 | {metrics['NDCG@10']:.4f} |" in text
+    same = run_script("report.py", "--compare", target, retrieved)
+    assert same.returncode == 0 and "+0.0000" in same.stdout and "p = 1.0000" in same.stdout
+
+
+def test_comparison_finds_a_difference_and_no_difference(retrieved: Path):
+    first = report.read_run(retrieved)
+    better = first._replace(ranks=np.maximum(first.ranks // 2, 1))
+    assert "p = 0.0000" in report.compare(first, better, "NDCG@10")
+    with pytest.raises(UserError, match="--metric"):
+        report.compare(first, better, "NDCG@ten")
+
+
+def test_report_without_runs(tmp_path: Path):
+    for flags in (["--experiment_root", tmp_path], ["--compare", tmp_path, tmp_path]):
+        done = run_script("report.py", *flags)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
