@@ -195,10 +195,12 @@ def test_interrupted_retriever_resumes_to_the_same_bytes(toy_flags: list, tmp_pa
         when=broken / "checkpoint.safetensors",
     )
     assert not (broken / "test_metrics.json").exists()
+    before = {path.name: path.read_bytes() for path in broken.iterdir()}
     other = run_script(
         "train_retriever.py", *flags, "--lr", 0.1, "--export_root", broken, "--resume", "true"
     )
     assert other.returncode == 2 and "other flags" in other.stderr
+    assert before == {path.name: path.read_bytes() for path in broken.iterdir()}
     done = run_script("train_retriever.py", *flags, "--export_root", broken, "--resume", "true")
     assert done.returncode == 0 and "resuming at step" in done.stdout, done.stderr
     assert names(broken) == RETRIEVER_FILES

@@ -85,7 +85,7 @@ def open_run(
     outputs: Sequence[str],
     accelerator: Accelerator,
 ) -> RunLog:
-    """Make the run's folder ready and write its ``config.json``.
+    """Make the run's folder ready and, unless it is resumed, write its ``config.json``.
 
     A new run first takes away what an earlier one left there, so that a folder never holds the
     results of two.
@@ -104,8 +104,8 @@ def open_run(
             for name in (CHECKPOINT, "log.jsonl", *outputs):
                 path = run_dir / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        versions = {"torch": torch.__version__, "commit": _commit()}
-        write_json(run_dir / "config.json", config.as_dict() | details | versions)
+            versions = {"torch": torch.__version__, "commit": _commit()}
+            write_json(run_dir / "config.json", config.as_dict() | details | versions)
         if config.use_wandb:
             import wandb
 
