@@ -91,10 +91,9 @@ def fused_scores(
         x = x - x.max(axis=1, keepdims=True)
         return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
 
-    retrieved = log_softmax(candidates.scores[users])
-    if weight == 1:  # an item that cannot be recommended has a score of minus infinity
+    if weight == 1:  # a retriever's score of minus infinity times 0 would be no number
         return log_softmax(scores)
-    return weight * log_softmax(scores) + (1 - weight) * retrieved
+    return weight * log_softmax(scores) + (1 - weight) * log_softmax(candidates.scores[users])
 
 
 def fusion_weight(
