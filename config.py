@@ -112,9 +112,15 @@ class CommonConfig:
     weight_decay: float = flag(0.01, "weight decay, not on biases and norms", real)
     adam_epsilon: float = flag(1e-9, "epsilon of the optimizer", real)
     max_grad_norm: float = flag(5.0, "gradients are clipped to this norm, 0 for never", real)
-    enable_lr_schedule: bool = flag(False, "decay the learning rate linearly to 0", boolean)
+    enable_lr_schedule: bool = flag(False, "let the learning rate decay to 0", boolean)
+    lr_decay: str = flag(
+        "linear", "form of that decay, over all steps there may be", choices=("linear", "cosine")
+    )
     enable_lr_warmup: bool = flag(False, "warm the learning rate up first", boolean)
     warmup_steps: int = flag(100, "length of the warm-up in optimizer steps", count)
+    ema_decay: float = flag(
+        0.0, "keep a moving average of the weights with this decay, 0 for none", probability
+    )
     val_strategy: str = flag(
         "iteration", "validate by steps or by epochs", choices=("iteration", "epoch")
     )
@@ -155,6 +161,10 @@ class RetrieverConfig(CommonConfig):
         "where a user's own items cannot be recommended: in the test and the candidates, "
         "in validation too, or nowhere",
         choices=("test", "always", "never"),
+    )
+    label_smoothing: float = flag(0.0, "share of the target spread over all items", probability)
+    negatives: int | None = flag(
+        None, "score this many sampled items in training; the whole catalogue if absent", positive
     )
     num_candidates: int = flag(20, "candidates kept for every user", positive)
     sliding_window_size: float = flag(
@@ -243,7 +253,7 @@ class RankerConfig(CommonConfig):
     weight_decay: float = flag(0.0, "weight decay of the adapters", real)
     adam_epsilon: float = flag(1e-8, "epsilon of the optimizer", real)
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm, 0 for never", real)
-    enable_lr_schedule: bool = flag(True, "decay the learning rate linearly to 0", boolean)
+    enable_lr_schedule: bool = flag(True, "let the learning rate decay to 0", boolean)
     enable_lr_warmup: bool = flag(True, "warm the learning rate up first", boolean)
 
     def __post_init__(self) -> None:

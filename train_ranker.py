@@ -146,6 +146,7 @@ def train(
     from model.verbalizer import response_loss
     from storage import atomic_folder, atomic_path, write_json
     from trainer import run
+    from trainer.average import WeightAverage
     from trainer.loop import (
         LoopSettings,
         Trainer,
@@ -244,7 +245,7 @@ def train(
         optimizer,
         warmup=config.warmup_steps if config.enable_lr_warmup else 0,
         total=total_steps(settings, len(sampler)),
-        decay=config.enable_lr_schedule,
+        decay=config.lr_decay if config.enable_lr_schedule else None,
     )
     train_loader = training_loader(examples, sampler, config.num_workers)
     model, optimizer, train_loader, loaders["val"], loaders["test"] = accelerator.prepare(
@@ -298,6 +299,7 @@ def train(
             config.as_dict() | details, data, *(c.items.tobytes() for c in candidates.values())
         ),
         log=log,
+        average=WeightAverage(model, config.ema_decay) if config.ema_decay else None,
     )
     progress = trainer.fit(config.resume)
 

@@ -7,6 +7,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from config import RETRIEVER_PRESETS, RetrieverConfig, UserError, check_device, parse, run_main
 from datasets import SequenceDataset, load_dataset
@@ -45,9 +46,11 @@ def train(config: RetrieverConfig, data: SequenceDataset) -> None:
     from dataloader.retriever import Histories, MaskedWindows, TrainingWindows
     from dataloader.sampler import ShuffledBatches, evaluation_loader, training_loader
     from metrics import ranking_metrics
+    from model.losses import SampledCrossEntropy, linear_cross_entropy
     from model.retriever import build_retriever
     from storage import atomic_path, write_json
     from trainer import run
+    from trainer.average import WeightAverage
     from trainer.loop import (
         LoopSettings,
         Trainer,
@@ -88,6 +91,12 @@ def train(config: RetrieverConfig, data: SequenceDataset) -> None:
         dropout=config.dropout,
         attn_dropout=config.attn_dropout,
     )
+    if config.negatives:
+        cross_entropy = SampledCrossEntropy(
+            data.training_counts(), config.negatives, accelerator.device
+        )
+    else:
+        cross_entropy = partial(linear_cross_entropy, label_smoothing=config.label_smoothing)
     optimizer = build_optimizer(
         model,
         config.optimizer,
@@ -100,7 +109,7 @@ def train(config: RetrieverConfig, data: SequenceDataset) -> None:
         optimizer,
         warmup=config.warmup_steps if config.enable_lr_warmup else 0,
         total=total_steps(settings, len(sampler)),
-        decay=config.enable_lr_schedule,
+        decay=config.lr_decay if config.enable_lr_schedule else None,
     )
     train_loader = training_loader(windows, sampler, config.num_workers)
     loaders = {
@@ -146,13 +155,14 @@ def train(config: RetrieverConfig, data: SequenceDataset) -> None:
         scheduler=scheduler,
         loader=train_loader,
         sampler=sampler,
-        loss=catalogue_loss,
+        loss=partial(catalogue_loss, cross_entropy=cross_entropy),
         validate=validate,
         save_best=save_best,
         settings=settings,
         run_dir=run_dir,
         fingerprint=run.fingerprint(config.as_dict(), data),
         log=log,
+        average=WeightAverage(model, config.ema_decay) if config.ema_decay else None,
     )
     progress = trainer.fit(config.resume)
 

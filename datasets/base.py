@@ -109,6 +109,14 @@ class SequenceDataset:
         """
         return self.offsets[1:] - {"train": 2, "val": 2, "test": 1}[split]
 
+    def training_counts(self) -> np.ndarray:
+        """(num_items + 1,) how often each item occurs in the training part, 0 for padding."""
+        steps = np.zeros(len(self.item_ids) + 1, dtype=np.int64)
+        np.add.at(steps, self.offsets[:-1], 1)
+        np.add.at(steps, self.history_ends("train"), -1)
+        training = steps.cumsum()[:-1] > 0
+        return np.bincount(self.item_ids[training], minlength=self.num_items + 1)
+
     def summary(self) -> str:
         """The statistics of the paper's Table 2, in one line."""
         mean = len(self.item_ids) / self.num_users

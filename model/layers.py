@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,76 +23,6 @@ class Dropout(nn.Dropout):
         bits = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform over all int16
         kept = bits >= round(self.p * (1 << 16)) - (1 << 15)
         return x * kept.to(x.dtype).mul_(1 / (1 - self.p))
-
-
-# Scores held at once: what a cache holds on the CPU, what memory can spare on a GPU.
-CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
-MIN_CHUNK_ROWS = 64
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of ``x @ weight.T + bias`` that never holds all (N, V) scores.
-
-    Rows are taken in chunks. As the loss is a plain mean, the gradients of a chunk are known once
-    its scores are, so they are computed in the forward pass and its scores forgotten.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-        """Scalar loss for ``x`` (N, D), ``weight`` (V, D), ``bias`` (V,) and ``labels`` (N,)."""
-        elements = CHUNK_ELEMENTS.get(x.device.type, CHUNK_ELEMENTS["cuda"])
-        rows = max(MIN_CHUNK_ROWS, elements // len(weight))
-        loss = x.new_zeros(())
-        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
-        grad_bias = None if bias is None else torch.zeros_like(bias)
-        for part, grad_part, label in zip(
-            x.split(rows), grad_x.split(rows), labels[:, None].split(rows)
-        ):
-            scores = nn.functional.linear(part, weight, bias)  # (rows, V)
-            highest = scores.amax(1, keepdim=True)
-            loss += (highest - scores.gather(1, label)).sum()
-            weights = scores.sub_(highest).exp_()  # in place of the scores, as all that follows
-            totals = weights.sum(1, keepdim=True)
-            loss += totals.log().sum()
-            grad = weights.div_(totals)
-            grad.scatter_add_(1, label, grad.new_full((), -1).expand_as(label))
-            torch.mm(grad, weight, out=grad_part)
-            grad_weight.addmm_(grad.T, part)
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-        ctx.save_for_backward(grad_x, grad_weight, grad_bias)
-        return loss / len(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of ``x``, ``weight`` and ``bias``."""
-        grad_x, grad_weight, grad_bias = ctx.saved_tensors
-        scale = grad_loss / len(grad_x)
-        return (
-            grad_x * scale,
-            grad_weight * scale,
-            None if grad_bias is None else grad_bias * scale,
-            None,
-        )
-
-
-def catalogue_output(
-    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None
-) -> Tensor:
-    """Scores of all items, or their mean cross-entropy if there are labels.
-
-    Args:
-        x: (K, D) encodings.
-        weight: (V + 1, D) item embeddings.
-        bias: (V + 1,) or None.
-        labels: (K,) item ids or None.
-
-    Returns:
-        (K, V + 1) scores, or a scalar.
-    """
-    if labels is None:
-        return nn.functional.linear(x, weight, bias)
-    return LinearCrossEntropy.apply(x, weight, bias, labels)
 
 
 class Rows(NamedTuple):

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.layers import Dropout, FeedForward, catalogue_output, truncated_normal_
+from model.layers import Dropout, FeedForward, truncated_normal_
+from model.losses import Output
 
 
 class LinearRecurrence(torch.autograd.Function):
@@ -159,7 +160,7 @@ class LRURec(nn.Module):
         positions: Tensor,
         longest: int,
         keep: Tensor | None = None,
-        labels: Tensor | None = None,
+        output: Output = nn.functional.linear,
     ) -> Tensor:
         """Scores of all items as the next one.
 
@@ -168,15 +169,16 @@ class LRURec(nn.Module):
             positions: (N,) index of each position within its sequence.
             longest: length of the longest sequence.
             keep: (K,) positions to score, all if None.
-            labels: (K,) items that should score highest, for training.
+            output: what to make of the encodings (K, D), the item embeddings (V + 1, D) and the
+                biases; by default the scores, in training one of ``model.losses``.
 
         Returns:
-            (K, V + 1) scores, of which column 0 belongs to the start token and is no item; or the
-            mean cross-entropy if there are labels.
+            (K, V + 1) scores, of which column 0 belongs to the start token and is no item; or what
+            else ``output`` returns.
         """
         x = self.layer_norm(self.dropout(self.embedding(item_ids)))
         for block in self.blocks:
             x = block(x, positions, longest)
         if keep is not None:
             x = x[keep]
-        return catalogue_output(x, self.embedding.weight, self.output_bias, labels)
+        return output(x, self.embedding.weight, self.output_bias)

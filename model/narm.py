@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from model.layers import Dropout, catalogue_output, truncated_normal_
+from model.layers import Dropout, truncated_normal_
+from model.losses import Output
 
 
 class NARM(nn.Module):
@@ -79,7 +80,7 @@ class NARM(nn.Module):
         positions: Tensor,
         longest: int,
         keep: Tensor | None = None,
-        labels: Tensor | None = None,
+        output: Output = nn.functional.linear,
     ) -> Tensor:
         """Scores of all items as the next one.
 
@@ -88,15 +89,16 @@ class NARM(nn.Module):
             positions: (N,) index of each position within its sequence.
             longest: length of the longest sequence, of no use here.
             keep: (K,) positions to score, all if None.
-            labels: (K,) items that should score highest, for training.
+            output: what to make of the encodings (K, D), the item embeddings (V + 1, D) and the
+                biases; by default the scores, in training one of ``model.losses``.
 
         Returns:
-            (K, V + 1) scores, of which column 0 belongs to the start token and is no item; or the
-            mean cross-entropy if there are labels.
+            (K, V + 1) scores, of which column 0 belongs to the start token and is no item; or what
+            else ``output`` returns.
         """
         states = self._states(self.dropout(self.embedding(item_ids)), positions)
         if keep is None:
             keep = torch.arange(len(positions), device=positions.device)
         encoding = torch.cat([states[keep], self._attend(states, positions, keep)], dim=-1)
         encoding = self.bilinear(self.encoding_dropout(encoding))  # (K, D)
-        return catalogue_output(encoding, self.embedding.weight, None, labels)
+        return output(encoding, self.embedding.weight, None)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.layers import Dropout, TransformerBlock, catalogue_output, jagged_rows, truncated_normal_
+from model.layers import Dropout, TransformerBlock, jagged_rows, truncated_normal_
+from model.losses import Output
 
 
 class TransformerRec(nn.Module):
@@ -58,7 +59,7 @@ class TransformerRec(nn.Module):
         positions: Tensor,
         longest: int,
         keep: Tensor | None = None,
-        labels: Tensor | None = None,
+        output: Output = nn.functional.linear,
     ) -> Tensor:
         """Scores of all items: the next one (SASRec) or the masked one (BERT4Rec).
 
@@ -67,11 +68,12 @@ class TransformerRec(nn.Module):
             positions: (N,) index of each position within its sequence.
             longest: length of the longest sequence.
             keep: (K,) positions to score, all if None.
-            labels: (K,) items that should score highest, for training.
+            output: what to make of the encodings (K, D), the item embeddings (V + 1, D) and the
+                biases; by default the scores, in training one of ``model.losses``.
 
         Returns:
-            (K, V + 1) scores, of which column 0 belongs to the start token and is no item; or the
-            mean cross-entropy if there are labels.
+            (K, V + 1) scores, of which column 0 belongs to the start token and is no item; or what
+            else ``output`` returns.
         """
         rows = jagged_rows(positions, longest, filled=not self.causal)
         x = self.embedding(item_ids) + self.position_embedding(positions)
@@ -81,4 +83,4 @@ class TransformerRec(nn.Module):
         if keep is not None:
             x = x[keep]
         weight = self.embedding.weight[: self.num_items + 1]
-        return catalogue_output(x, weight, self.output_bias, labels)
+        return output(x, weight, self.output_bias)

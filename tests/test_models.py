@@ -7,8 +7,7 @@ from torch import nn
 
 from dataloader.retriever import Histories, MaskedWindows, TrainingWindows
 from datasets.base import SequenceDataset
-from model import layers
-from model.layers import Dropout, catalogue_output
+from model.layers import Dropout
 from model.lru import LRURec, linear_recurrence
 from model.narm import NARM
 from model.retriever import build_retriever
@@ -295,25 +294,6 @@ def test_dropout_drops_the_share_and_keeps_the_mean(p: float):
     pairs = (kept[:, 1:] & kept[:, :-1]).float().mean().item()
     assert pairs == pytest.approx((1 - p) ** 2, abs=3e-3)
     assert torch.equal(layer.eval()(x), x)
-
-
-@pytest.mark.parametrize("rows", [1, 64, 1000])
-def test_chunked_cross_entropy_equals_torch(rows: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(layers.CHUNK_ELEMENTS, "cpu", 64 * 300)
-    torch.manual_seed(0)
-    x, weight, bias = (torch.randn(*shape, requires_grad=True, dtype=torch.float64)
-                       for shape in ((rows, 8), (300, 8), (300,)))  # fmt: skip
-    x.data *= 30  # scores that overflow exp
-    labels = torch.randint(300, (rows,))
-    for offset in (bias, None):
-        found = catalogue_output(x, weight, offset, labels)
-        expected = nn.functional.cross_entropy(nn.functional.linear(x, weight, offset), labels)
-        assert found.item() == pytest.approx(expected.item(), rel=1e-12)
-        inputs = [t for t in (x, weight, offset) if t is not None]
-        for a, b in zip(
-            torch.autograd.grad(3 * found, inputs), torch.autograd.grad(3 * expected, inputs)
-        ):
-            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_initial_eigenvalues_lie_in_the_ring():

@@ -183,7 +183,11 @@ def interrupt(script: str, *flags: object, when: Path) -> None:
 
 
 def test_interrupted_retriever_resumes_to_the_same_bytes(toy_flags: list, tmp_path: Path):
-    flags = [*toy_flags, *RETRIEVER_FLAGS, "--max_steps", 400]
+    recipe = [
+        "--ema_decay", 0.9, "--enable_lr_schedule", "true", "--lr_decay", "cosine",
+        "--negatives", 8,
+    ]  # fmt: skip
+    flags = [*toy_flags, *RETRIEVER_FLAGS, *recipe, "--max_steps", 400]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     done = run_script("train_retriever.py", *flags, "--export_root", whole)
     assert done.returncode == 0, done.stderr

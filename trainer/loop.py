@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from config import UserError
 from dataloader.sampler import ShuffledBatches
 from storage import atomic_path
+from trainer.average import WeightAverage
 from trainer.checkpoint import (
     FILE_NAME,
     load_checkpoint,
@@ -121,20 +123,21 @@ def build_optimizer(
     return getattr(torch.optim, name)(parameters, lr=lr, eps=epsilon)
 
 
-def build_schedule(optimizer: Optimizer, *, warmup: int, total: int, decay: bool) -> LambdaLR:
-    """Learning rate: linear warm-up, then constant or linear decay to 0.
+def build_schedule(optimizer: Optimizer, *, warmup: int, total: int, decay: str | None) -> LambdaLR:
+    """Learning rate: linear warm-up, then constant or decaying to 0.
 
     Args:
         optimizer: the optimizer.
         warmup: steps of the warm-up, 0 for none.
         total: steps at whose end a decaying rate is 0.
-        decay: whether the rate decays.
+        decay: ``linear``, ``cosine`` or None for a constant rate.
     """
 
     def factor(step: int) -> float:
         if step < warmup:
             return step / warmup
-        return max(0.0, (total - step) / max(1, total - warmup)) if decay else 1.0
+        left = max(0.0, (total - step) / max(1, total - warmup))
+        return {None: 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[decay]
 
     return LambdaLR(optimizer, factor)
 
@@ -164,6 +167,7 @@ class Trainer:
         run_dir: folder of the run.
         fingerprint: names settings and data, so that no other run is resumed.
         log: takes a record a validation.
+        average: what is validated and kept instead of the last step's weights, if not None.
     """
 
     def __init__(
@@ -182,12 +186,13 @@ class Trainer:
         run_dir: Path,
         fingerprint: str,
         log: RunLog,
+        average: WeightAverage | None = None,
     ) -> None:
         self.accelerator, self.model = accelerator, model
         self.optimizer, self.scheduler = optimizer, scheduler
         self.loader, self.sampler = loader, sampler
         self.loss, self.validate, self.save_best = loss, validate, save_best
-        self.settings, self.log = settings, log
+        self.settings, self.log, self.average = settings, log, average
         self.checkpoint, self.fingerprint = run_dir / FILE_NAME, fingerprint
         self.progress = Progress()
         self.losses: list[Tensor] = []  # since the last validation
@@ -254,6 +259,8 @@ class Trainer:
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
+        if self.average:
+            self.average.update()
         return total
 
     def _last_loss(self) -> float:
@@ -266,6 +273,10 @@ class Trainer:
         return loss
 
     def _validate(self, bar: tqdm) -> None:
+        with self.average.applied() if self.average else nullcontext():
+            self._validate_weights(bar)
+
+    def _validate_weights(self, bar: tqdm) -> None:
         """Measure the weights, keep them if they are the best, decide whether to stop."""
         self._last_loss()
         self.model.eval()
@@ -303,6 +314,7 @@ class Trainer:
             "scheduler": {"last_epoch": self.scheduler.last_epoch},
             "random": random_state(),
             "losses": self.losses,
+            "average": self.average.state_dict() if self.average else None,
             "progress": asdict(self.progress),
         }
         save_checkpoint(self.checkpoint, state, self.fingerprint)
@@ -318,6 +330,8 @@ class Trainer:
                 parameters[name].copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
+        if self.average:
+            self.average.load_state_dict(state["average"])
         set_random_state(state["random"])
         self.losses = [loss.to(self.accelerator.device) for loss in state["losses"]]
         self.progress = Progress(**state["progress"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,13 +14,23 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataloader.candidates import Candidates
+from model.losses import linear_cross_entropy
 
 
-def catalogue_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """Mean cross-entropy of the labels over the whole catalogue."""
-    return model(
-        batch["item_ids"], batch["positions"], batch["longest"], batch.get("keep"), batch["labels"]
-    )
+def catalogue_loss(
+    model: nn.Module,
+    batch: dict[str, Any],
+    cross_entropy: Callable[..., Tensor] = linear_cross_entropy,
+) -> Tensor:
+    """Mean loss of a training batch's labels.
+
+    Args:
+        model: a retriever.
+        batch: a jagged training batch.
+        cross_entropy: one of ``model.losses``.
+    """
+    output = partial(cross_entropy, labels=batch["labels"])
+    return model(batch["item_ids"], batch["positions"], batch["longest"], batch.get("keep"), output)
 
 
 def answer_ranks(scores: Tensor, answers: Tensor) -> Tensor:

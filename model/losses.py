@@ -1,0 +1,142 @@
+"""Cross-entropy over the catalogue without all its scores at once.
+
+A retriever's ``forward`` hands its encodings (K, D), the item embeddings (V + 1, D) and the items'
+biases (V + 1,) or None to its argument ``output``: ``torch.nn.functional.linear`` makes scores of
+them, the functions here make a training loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Output = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+# Scores held at once: what a cache holds on the CPU, what memory can spare on a GPU.
+CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
+MIN_CHUNK_ROWS = 64
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Rows are taken in chunks. As the loss is a plain mean, the gradients of a chunk are known
+    once its scores are, so they are computed in the forward pass and its scores forgotten.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        label_smoothing: float,
+    ) -> Tensor:
+        elements = CHUNK_ELEMENTS.get(x.device.type, CHUNK_ELEMENTS["cuda"])
+        rows = max(MIN_CHUNK_ROWS, elements // len(weight))
+        spread = label_smoothing / len(weight)  # of the target's mass, on every item
+        loss = x.new_zeros(())
+        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+        grad_bias = None if bias is None else torch.zeros_like(bias)
+        for part, grad_part, label in zip(
+            x.split(rows), grad_x.split(rows), labels[:, None].split(rows)
+        ):
+            scores = nn.functional.linear(part, weight, bias)  # (rows, V)
+            highest = scores.amax(1, keepdim=True)
+            loss += (highest - (1 - label_smoothing) * scores.gather(1, label)).sum()
+            if spread:
+                loss -= spread * scores.sum()
+            weights = scores.sub_(highest).exp_()  # in place of the scores, as all that follows
+            totals = weights.sum(1, keepdim=True)
+            loss += totals.log().sum()
+            grad = weights.div_(totals)
+            if spread:
+                grad -= spread
+            target = grad.new_full((), label_smoothing - 1).expand_as(label)
+            grad.scatter_add_(1, label, target)
+            torch.mm(grad, weight, out=grad_part)
+            grad_weight.addmm_(grad.T, part)
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+        ctx.save_for_backward(grad_x, grad_weight, grad_bias)
+        return loss / len(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight, grad_bias = ctx.saved_tensors
+        scale = grad_loss / len(grad_x)
+        return (
+            grad_x * scale,
+            grad_weight * scale,
+            None if grad_bias is None else grad_bias * scale,
+            None,
+            None,
+        )
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    labels: Tensor,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Mean cross-entropy of ``x @ weight.T + bias`` that never holds all (K, V + 1) scores.
+
+    Args:
+        x: (K, D) encodings.
+        weight: (V + 1, D) item embeddings.
+        bias: (V + 1,) or None.
+        labels: (K,) item ids.
+        label_smoothing: share of the target that is spread over all items.
+    """
+    return _LinearCrossEntropy.apply(x, weight, bias, labels, label_smoothing)
+
+
+class SampledCrossEntropy:
+    """Mean cross-entropy over each label and negatives that all rows of a batch share.
+
+    A negative j, drawn with probability q[j], stands for the catalogue's other items by importance
+    sampling: its score is lowered by log(S q[j]), which makes the softmax's denominator right on
+    average (Bengio and Senecal, Adaptive Importance Sampling, IEEE TNN 2008, equation 7, known as
+    the logQ correction). A negative that is a row's label does not count for that row.
+
+    Args:
+        counts: (V + 1,) how often each item is a label in training; 0 for the start token.
+        num_negatives: S, draws a batch, with replacement.
+        device: where the loss is computed.
+    """
+
+    def __init__(
+        self, counts: np.ndarray, num_negatives: int, device: torch.device | str = "cpu"
+    ) -> None:
+        # Half of the draws by frequency, half uniform over the items: popular items weigh most in
+        # the denominator, and none may have a probability near 0, which would explode its score.
+        items = np.arange(len(counts)) > 0
+        q = 0.5 * counts / counts.sum() + 0.5 * items / items.sum()
+        self.num_negatives = num_negatives
+        self.cumulative = torch.from_numpy(np.cumsum(q / q.sum())).to(device)
+        with np.errstate(divide="ignore"):  # the start token is never drawn
+            self.correction = torch.from_numpy(np.log(num_negatives * q)).float().to(device)
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, labels: Tensor) -> Tensor:
+        """Scalar loss; arguments as of ``linear_cross_entropy``."""
+        draws = torch.rand(
+            self.num_negatives, dtype=self.cumulative.dtype, device=self.cumulative.device
+        )
+        negatives = torch.searchsorted(self.cumulative, draws, right=True)
+        negatives = negatives.clamp_(max=len(weight) - 1)  # the last sum may fall short of 1
+        positives, others = weight[labels], weight[negatives]
+        label_scores = (x * positives).sum(1)  # (K,)
+        offsets = -self.correction[negatives]  # (S,)
+        if bias is not None:
+            label_scores = label_scores + bias[labels]
+            offsets = offsets + bias[negatives]
+        scores = x @ others.T + offsets  # (K, S)
+        scores = scores.masked_fill(labels[:, None] == negatives, -torch.inf)
+        total = torch.logaddexp(label_scores, scores.logsumexp(1))
+        return (total - label_scores).mean()

@@ -1,0 +1,51 @@
+"""Parts of the training loop: schedule and moving average."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from trainer.average import WeightAverage
+from trainer.loop import build_schedule
+
+
+@pytest.mark.parametrize(("decay", "halfway"), [(None, 1.0), ("linear", 0.5), ("cosine", 0.5)])
+def test_schedule(decay: str | None, halfway: float):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = build_schedule(optimizer, warmup=10, total=110, decay=decay)
+    rates = []
+    for _ in range(110):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == 0 and rates[5] == pytest.approx(1.0) and rates[10] == pytest.approx(2.0)
+    assert rates[60] == pytest.approx(2 * halfway)
+    quarter = {None: 1.0, "linear": 0.75, "cosine": 0.5 + 0.5 * math.cos(math.pi / 4)}[decay]
+    assert rates[35] == pytest.approx(2 * quarter)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(2.0 if decay is None else 0.0)
+
+
+def test_average_of_the_weights():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    frozen = model.bias.clone()
+    average = WeightAverage(model, decay=0.5)
+    expected = model.weight.detach().clone()
+    for step in range(1, 8):
+        model.weight.data += torch.randn(2, 3)
+        average.update()
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+    last, storage = model.weight.detach().clone(), model.weight
+    with average.applied():
+        torch.testing.assert_close(model.weight.data, expected)
+        kept = average.state_dict()
+    assert torch.equal(model.weight, last) and model.weight is storage
+    assert torch.equal(model.bias, frozen) and kept["steps"] == 7
+    other = WeightAverage(model, decay=0.5)
+    other.load_state_dict(average.state_dict())
+    with other.applied():
+        torch.testing.assert_close(model.weight.data, expected)
+    assert torch.equal(model.weight, last)
