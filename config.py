@@ -166,6 +166,18 @@ class RetrieverConfig(CommonConfig):
     negatives: int | None = flag(
         None, "score this many sampled items in training; the whole catalogue if absent", positive
     )
+    search: bool = flag(
+        False, "train every point of the grid below and keep the best in validation", boolean
+    )
+    search_weight_decay: tuple[float, ...] = flag(
+        (0.0, 0.01), "weight decays of the search", real, many=True
+    )
+    search_dropout: tuple[float, ...] = flag(
+        (0.1, 0.2, 0.3, 0.4, 0.5), "dropouts of the search", probability, many=True
+    )
+    search_jobs: int | None = flag(
+        None, "runs of the search at once; one a GPU, or a core without CUDA", positive
+    )
     num_candidates: int = flag(20, "candidates kept for every user", positive)
     sliding_window_size: float = flag(
         1.0, "stride of the training windows as a share of --max_len", real

@@ -164,16 +164,30 @@ def train(
 
     ks = config.rerank_metric_ks
     run_dir = config.run_dir(base.name)
-    if config.resume and run.is_finished(run_dir, OUTPUTS):
-        print(f"{run_dir} is finished, there is nothing to resume")
-        print(run.metrics_table({"two stages": read_json(run_dir / "overall_metrics.json")}))
-        return
     in_4bit = on_cuda if config.llm_load_in_4bit is None else config.llm_load_in_4bit
     checkpointing = config.gradient_checkpointing
     checkpointing = in_4bit and on_cuda if checkpointing is None else checkpointing
     micro_batch_size = config.lora_micro_batch_size or (16 if on_cuda else 4)
 
     accelerator = run.make_accelerator(config.device, config.seed)
+    details = {
+        "device": str(accelerator.device),
+        "llm_base_model": base.name,
+        "llm_revision": base.revision,
+        "llm_load_in_4bit": in_4bit,
+        "gradient_checkpointing": checkpointing,
+        "lora_micro_batch_size": micro_batch_size,
+        "retrieved_from": str(config.retrieved_dir),
+        "data_fingerprint": data.fingerprint,
+    }
+    fingerprint = run.fingerprint(
+        config.as_dict() | details, data, *(c.items.tobytes() for c in candidates.values())
+    )
+    details["fingerprint"] = fingerprint
+    if config.resume and run.is_finished(run_dir, OUTPUTS, fingerprint):
+        print(f"{run_dir} is finished, there is nothing to resume")
+        print(run.metrics_table({"two stages": read_json(run_dir / "overall_metrics.json")}))
+        return
     examples = TrainingPrompts(
         data,
         prompts,
@@ -251,16 +265,6 @@ def train(
     model, optimizer, train_loader, loaders["val"], loaders["test"] = accelerator.prepare(
         model, optimizer, train_loader, loaders["val"], loaders["test"]
     )
-    details = {
-        "device": str(accelerator.device),
-        "llm_base_model": base.name,
-        "llm_revision": base.revision,
-        "llm_load_in_4bit": in_4bit,
-        "gradient_checkpointing": checkpointing,
-        "lora_micro_batch_size": micro_batch_size,
-        "retrieved_from": str(config.retrieved_dir),
-        "data_fingerprint": data.fingerprint,
-    }
     log = run.open_run(run_dir, config, details, OUTPUTS, accelerator)
     label_ids = torch.from_numpy(prompts.label_ids).to(accelerator.device)
     adapter = run_dir / "adapter"
@@ -295,9 +299,7 @@ def train(
         save_best=save_best,
         settings=settings,
         run_dir=run_dir,
-        fingerprint=run.fingerprint(
-            config.as_dict() | details, data, *(c.items.tobytes() for c in candidates.values())
-        ),
+        fingerprint=fingerprint,
         log=log,
         average=WeightAverage(model, config.ema_decay) if config.ema_decay else None,
     )

@@ -6,13 +6,18 @@ Example:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from config import RETRIEVER_PRESETS, RetrieverConfig, UserError, check_device, parse, run_main
 from datasets import SequenceDataset, load_dataset
 from datasets.base import Filters
 from storage import read_json
+
+if TYPE_CHECKING:
+    from trainer.search import Point
 
 OUTPUTS = ("model.safetensors", "candidates.npz", "val_metrics.json", "test_metrics.json")
 
@@ -34,7 +39,37 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             f"--num_candidates {config.num_candidates}: {data.code} has {data.num_items} items"
         )
-    train(config, data)
+    if config.search:
+        search(config, sys.argv[1:] if argv is None else argv)
+    else:
+        train(config, data)
+
+
+def search(config: RetrieverConfig, words: Sequence[str]) -> None:
+    """Train every point of the grid and keep the best, chosen on validation, as this run."""
+    from torch import cuda
+
+    from trainer import run
+    from trainer.search import grid, num_cores, publish, run_points, select, table
+
+    num_gpus = 0 if config.device == "cpu" else cuda.device_count()
+    run_dir = config.run_dir
+    points = grid(run_dir / "search", config.search_weight_decay, config.search_dropout)
+
+    def command(point: Point) -> list[str]:
+        # What comes later on a command line wins.
+        fixed = {"search": "false", "resume": "true", "dataset_code": config.dataset_code}
+        chosen = fixed | point.settings | {"export_root": point.folder}
+        flags = [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
+        return [sys.executable, __file__, *words, *flags]
+
+    run_points(points, command, config.search_jobs or num_gpus or num_cores(), num_gpus)
+    best, record = select(points, config.best_metric)
+    publish(best, record, run_dir, ("config.json", "log.jsonl", *OUTPUTS))
+    print(table(record))
+    print(f"\n{config.dataset_code}, {config.model_code}, {best.name}")
+    print(run.metrics_table({"test": read_json(run_dir / "test_metrics.json")}))
+    print(f"\nwritten to {run_dir}")
 
 
 def train(config: RetrieverConfig, data: SequenceDataset) -> None:
@@ -61,7 +96,8 @@ def train(config: RetrieverConfig, data: SequenceDataset) -> None:
     from trainer.retriever import catalogue_loss, retrieve
 
     run_dir = config.run_dir
-    if config.resume and run.is_finished(run_dir, OUTPUTS):
+    fingerprint = run.fingerprint(config.as_dict(), data)
+    if config.resume and run.is_finished(run_dir, OUTPUTS, fingerprint):
         print(f"{run_dir} is finished, there is nothing to resume")
         print(run.metrics_table({"test": read_json(run_dir / "test_metrics.json")}))
         return
@@ -125,6 +161,7 @@ def train(config: RetrieverConfig, data: SequenceDataset) -> None:
         "device": str(accelerator.device),
         "num_items": data.num_items,
         "data_fingerprint": data.fingerprint,
+        "fingerprint": fingerprint,
     }
     log = run.open_run(run_dir, config, details, OUTPUTS, accelerator)
     weights = run_dir / "model.safetensors"
@@ -160,7 +197,7 @@ def train(config: RetrieverConfig, data: SequenceDataset) -> None:
         save_best=save_best,
         settings=settings,
         run_dir=run_dir,
-        fingerprint=run.fingerprint(config.as_dict(), data),
+        fingerprint=fingerprint,
         log=log,
         average=WeightAverage(model, config.ema_decay) if config.ema_decay else None,
     )

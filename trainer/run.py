@@ -16,7 +16,7 @@ from accelerate.utils import set_seed
 
 from config import CommonConfig, UserError
 from datasets import SequenceDataset
-from storage import write_json
+from storage import read_json, write_json
 from trainer.checkpoint import FILE_NAME as CHECKPOINT
 from trainer.loop import RunLog
 
@@ -35,6 +35,10 @@ _IMMATERIAL = {
     "items",
     "llm_retrieved_path",
     "retrieved_from",
+    "search",
+    "search_weight_decay",
+    "search_dropout",
+    "search_jobs",
 }
 
 
@@ -71,11 +75,20 @@ def _commit() -> str | None:
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
-def is_finished(run_dir: Path, outputs: Sequence[str]) -> bool:
-    """Whether the folder holds all of a run's outputs and no checkpoint to go on from."""
-    return (
-        all((run_dir / name).exists() for name in outputs) and not (run_dir / CHECKPOINT).exists()
-    )
+def is_finished(run_dir: Path, outputs: Sequence[str], fingerprint: str) -> bool:
+    """Whether the folder holds all of this run's outputs and no checkpoint to go on from.
+
+    Raises:
+        UserError: it holds those of a run with another fingerprint.
+    """
+    if (run_dir / CHECKPOINT).exists() or not all((run_dir / name).exists() for name in outputs):
+        return False
+    if read_json(run_dir / "config.json").get("fingerprint") != fingerprint:
+        raise UserError(
+            f"{run_dir} holds a finished run with other flags or data: resume with the flags in "
+            "its config.json, name another --export_root, or start anew without --resume"
+        )
+    return True
 
 
 def open_run(
