@@ -1,4 +1,4 @@
-"""Tables 1 and 3 of the paper beside the runs under ``experiments/``, from their per-user ranks.
+"""Tables 1 to 3 of the paper beside the runs under ``experiments/``, and learning curves.
 
 Example:
     python report.py
@@ -10,21 +10,29 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from config import UserError, run_main
-from metrics import METRIC_GAINS, ranking_metrics, user_gains
+from config import DATASET_CODES, UserError, run_main
+from metrics import METRIC_GAINS, user_gains
 from storage import atomic_path, read_json
 
 PAPER = Path(__file__).parent / "experiments" / "paper.json"
 PAPER_MODELS = {"lru": "LRURec", "sas": "SASRec", "bert": "BERT4Rec", "narm": "NARM"}
 RANKER = "LlamaRec"
-METRICS = ("MRR@5", "NDCG@5", "Recall@5", "MRR@10", "NDCG@10", "Recall@10")
+METRICS = ("MRR@5", "NDCG@5", "Recall@5", "MRR@10", "NDCG@10", "Recall@10", "Recall@20")
 BOOTSTRAP_SAMPLES = 10_000
+# What may differ between runs of one recipe.
+NOT_RECIPE = {
+    "seed", "commit", "torch", "fingerprint", "device", "data_root", "cache_root", "llm_cache_dir",
+    "experiment_root", "export_root", "interactions", "items", "resume", "use_wandb", "num_workers",
+    "llm_retrieved_path", "retrieved_from", "data_fingerprint", "search", "search_weight_decay",
+    "search_dropout", "search_jobs",
+}  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -32,22 +40,56 @@ class Run(NamedTuple):
 
     Attributes:
         folder: where it lies.
-        model: its folder's name.
-        dataset: the data set's code.
+        settings: its ``config.json``.
         ranks: (num_users,) rank of every user's answer in the test split.
         retrieved: (num_users,) whose answers are among the candidates.
     """
 
     folder: Path
-    model: str
-    dataset: str
+    settings: dict[str, Any]
     ranks: np.ndarray
     retrieved: np.ndarray
 
     @property
+    def dataset(self) -> str:
+        """The data set's code."""
+        return self.settings["dataset_code"]
+
+    @property
     def column(self) -> str:
         """The paper's column it belongs to."""
-        return PAPER_MODELS.get(self.model, RANKER)
+        return PAPER_MODELS.get(self.settings.get("model_code"), RANKER)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The settings that shape its results, without the seed."""
+        return {k: v for k, v in self.settings.items() if k not in NOT_RECIPE}
+
+    def name(self) -> str:
+        """Model and preset."""
+        if self.column == RANKER:
+            return f"{RANKER}, {self.settings['llm_base_model']}"
+        return f"{self.column}, {self.settings.get('preset', 'paper')}"
+
+
+class Recipe(NamedTuple):
+    """Runs that differ in nothing but the seed.
+
+    Attributes:
+        name: what tells it from the others of its data set.
+        runs: at least one.
+    """
+
+    name: str
+    runs: list[Run]
+
+    def gains(self, metric: str, subset: bool) -> np.ndarray:
+        """(runs, users) every user's share in a metric; NaN outside the subset."""
+        rows = []
+        for run in self.runs:
+            row = gains(run.ranks, metric)
+            rows.append(np.where(run.retrieved, row, np.nan) if subset else row)
+        return np.stack(rows)
 
 
 def read_run(folder: Path) -> Run | None:
@@ -70,8 +112,34 @@ def read_run(folder: Path) -> Run | None:
             return None
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder} is damaged: {error}") from error
-    dataset = read_json(folder / "config.json")["dataset_code"]
-    return Run(folder, folder.parent.name, dataset, ranks, retrieved)
+    return Run(folder, read_json(folder / "config.json"), ranks, retrieved)
+
+
+def find_runs(root: Path) -> list[Run]:
+    """All finished runs below a folder, but for the single points of a grid search."""
+    folders = sorted(path.parent for path in root.rglob("config.json"))
+    folders = [folder for folder in folders if "search" not in folder.relative_to(root).parts]
+    return [run for run in map(read_run, folders) if run is not None]
+
+
+def find_recipes(runs: Sequence[Run]) -> dict[str, list[Recipe]]:
+    """The runs by data set, those of one recipe together.
+
+    Recipes of one model and preset are told apart by the folder of their first run.
+    """
+    groups: dict[tuple[str, str], dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        groups[run.dataset, run.name()][json.dumps(run.recipe, sort_keys=True)].append(run)
+    recipes = defaultdict(list)
+    for (dataset, name), by_settings in groups.items():
+        for found in by_settings.values():
+            folder = f" ({found[0].folder})" if len(by_settings) > 1 else ""
+            recipes[dataset].append(Recipe(name + folder, found))
+    order = [*PAPER_MODELS.values(), RANKER]
+    for found in recipes.values():
+        found.sort(key=lambda recipe: (order.index(recipe.runs[0].column), recipe.name))
+    known = [code for code in DATASET_CODES if code in recipes]
+    return {code: recipes[code] for code in [*known, *(recipes.keys() - known)]}
 
 
 def gains(ranks: np.ndarray, metric: str) -> np.ndarray:
@@ -88,7 +156,10 @@ def bootstrap_means(values: np.ndarray, seed: int = 0) -> np.ndarray:
     size = len(values)
     # Few distinct values stand for many users: drawing their counts costs the same and less memory.
     distinct, counts = np.unique(values, return_counts=True)
-    return rng.multinomial(size, counts / size, BOOTSTRAP_SAMPLES) @ distinct / size
+    means = [
+        rng.multinomial(size, counts / size, BOOTSTRAP_SAMPLES // 20) @ distinct for _ in range(20)
+    ]
+    return np.concatenate(means) / size
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -97,26 +168,100 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def table(runs: Sequence[Run], paper: dict, *, subset: bool) -> list[str]:
-    """Lines of Markdown: a block of six metrics for each run, beside the paper."""
-    numbers = paper["retrieved_users" if subset else "all_users"]
-    lines = ["| data set | model | metric | ours | 95% interval | paper | difference |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for run in runs:
-        ranks = run.ranks[run.retrieved] if subset else run.ranks
-        ours = ranking_metrics(ranks, [5, 10])
-        theirs = numbers.get(run.dataset, {}).get(run.column, {})
-        for metric in METRICS:
-            low, high = interval(gains(ranks, metric))
-            line = f"| `{run.dataset}` | {run.model} | {metric} | {ours[metric]:.4f} |"
-            line += f" {low:.4f} to {high:.4f} |"
-            if metric in theirs:
-                difference = ours[metric] / theirs[metric] - 1
-                line += f" {theirs[metric]:.4f} ({run.column}) | {difference:+.1%} |"
-            else:
-                line += " | |"
-            lines.append(line)
+def statistics_table(runs: Sequence[Run], paper: dict) -> list[str]:
+    """Table 2 as lines of Markdown: size of each data set, beside the paper's."""
+    lines = ["| data set | users | items | interactions | mean length | paper |"]
+    lines.append("|---|---|---|---|---|---|")
+    for code in dict.fromkeys(run.dataset for run in runs):
+        # Runs of older code did not note it down.
+        noted = [r.settings for r in runs if r.dataset == code and "num_interactions" in r.settings]
+        if not noted:
+            continue
+        users, items, total = (noted[0][f"num_{x}"] for x in ("users", "items", "interactions"))
+        theirs = paper["statistics"].get(code)
+        beside = "{users:,} / {items:,} / {mean_length:.2f}".format(**theirs) if theirs else ""
+        lines.append(
+            f"| `{code}` | {users:,} | {items:,} | {total:,} | {total / users:.2f} | {beside} |"
+        )
     return lines
+
+
+def table(code: str, recipes: Sequence[Recipe], paper: dict, *, subset: bool) -> list[str]:
+    """Lines of Markdown: a recipe's means, 95% intervals and spread over seeds, and the paper."""
+    numbers = paper["retrieved_users" if subset else "all_users"].get(code, {})
+    metrics = [metric for metric in METRICS if not (subset and metric == "Recall@20")]
+    lines = [f"| `{code}` | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
+
+    def add(title: str, cells: Sequence[str]) -> None:
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+
+    for recipe in recipes:
+        seeds = len(recipe.runs)
+        shares = [recipe.gains(metric, subset) for metric in metrics]
+        means = [np.nanmean(share) for share in shares]
+        cells = []
+        for share, mean in zip(shares, means):
+            users = share[:, ~np.isnan(share).all(0)]
+            low, high = interval(np.nanmean(users, axis=0))
+            cells.append(f"{mean:.4f} ({low:.4f} to {high:.4f})")
+        add(f"**{recipe.name}**, {seeds} seed{'s' * (seeds > 1)}", cells)
+        if seeds > 1:
+            spread = [np.nanmean(share, axis=1).std(ddof=1) for share in shares]
+            add("standard deviation over seeds", [f"{x:.4f}" for x in spread])
+        theirs = numbers.get(recipe.runs[0].column, {})
+        if theirs:
+            add(
+                f"paper, {recipe.runs[0].column}",
+                [f"{theirs[m]:.4f}" if m in theirs else "" for m in metrics],
+            )
+            add(
+                "difference",
+                [
+                    f"{x / theirs[m] - 1:+.1%}" if m in theirs else ""
+                    for m, x in zip(metrics, means)
+                ],
+            )
+    return lines
+
+
+def draw(recipes: dict[str, list[Recipe]], paper: dict, path: Path) -> None:
+    """Draw NDCG@10 beside the paper's, and validation by training step, a column a data set."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 * len(recipes), 8), layout="constrained")
+    axes = figure.subplots(2, len(recipes), squeeze=False)
+    for (code, found), (bars, curves) in zip(recipes.items(), axes.T):
+        for place, recipe in enumerate(found):
+            column, color = recipe.runs[0].column, f"C{place % 10}"
+            share = recipe.gains("NDCG@10", False).mean(0)
+            low, high = interval(share)
+            bars.plot([low, high], [place, place], color=color, linewidth=2)
+            bars.plot(share.mean(), place, "o", color=color, label="ours" if not place else None)
+            theirs = paper["all_users"].get(code, {}).get(column)
+            if theirs:
+                bars.plot(
+                    theirs["NDCG@10"], place, "kx", markersize=8, label=None if place else "paper"
+                )
+            for number, run in enumerate(recipe.runs):
+                metric = "val_" + run.settings.get(
+                    "best_metric", run.settings.get("rerank_best_metric")
+                )
+                log = map(json.loads, (run.folder / "log.jsonl").read_text().splitlines())
+                points = [(record["step"], record[metric]) for record in log]
+                curves.plot(
+                    *zip(*points),
+                    color=color,
+                    linewidth=1,
+                    label=None if number else f"{recipe.name}: {metric.removeprefix('val_')}",
+                )
+        bars.set_yticks(range(len(found)), [recipe.name for recipe in found])
+        bars.invert_yaxis()
+        bars.set(title=code, xlabel="NDCG@10, test, all users, with 95% interval")
+        bars.legend()
+        curves.set(xlabel="optimizer step", ylabel="validation")
+        curves.legend(fontsize="small")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def compare(first: Run, second: Run, metric: str) -> str:
@@ -125,10 +270,7 @@ def compare(first: Run, second: Run, metric: str) -> str:
     Raises:
         UserError: the runs are of different data.
     """
-    fingerprints = [
-        read_json(r.folder / "config.json")["data_fingerprint"] for r in (first, second)
-    ]
-    if fingerprints[0] != fingerprints[1]:
+    if first.settings["data_fingerprint"] != second.settings["data_fingerprint"]:
         raise UserError(f"{first.folder} and {second.folder} are runs on different data")
     differences = gains(second.ranks, metric) - gains(first.ranks, metric)
     low, high = interval(differences)
@@ -142,7 +284,7 @@ def compare(first: Run, second: Run, metric: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the tables and write ``report.md``, or compare two runs."""
+    """Print the tables and write ``report.md`` and ``report.png``, or compare two runs."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--experiment_root", default="experiments")
     parser.add_argument("--compare", nargs=2, metavar="RUN", help="two run folders")
@@ -157,19 +299,27 @@ def main(argv: Sequence[str] | None = None) -> None:
             pair.append(run)
         print(compare(*pair, flags.metric))
         return
-    folders = sorted(path.parent for path in Path(flags.experiment_root).glob("*/*/config.json"))
-    runs = [run for run in map(read_run, folders) if run is not None]
+    root = Path(flags.experiment_root)
+    runs = find_runs(root)
     if not runs:
         raise UserError(f"--experiment_root {flags.experiment_root}: no finished run there")
     paper = json.loads(PAPER.read_text(encoding="utf-8"))
-    lines = ["# All users (Table 1)", "", *table(runs, paper, subset=False), ""]
-    lines += ["# Users whose answer was retrieved (Table 3)", "", *table(runs, paper, subset=True)]
-    text = "\n".join(lines) + "\n"
-    target = Path(flags.experiment_root, "report.md")
+    recipes = find_recipes(runs)
+    lines = ["# Data (Table 2)", "", *statistics_table(runs, paper), ""]
+    for title, subset in (
+        ("All users (Table 1), with 95% bootstrap intervals over users", False),
+        ("Users whose answer was retrieved (Table 3)", True),
+    ):
+        lines += [f"# {title}", ""]
+        for code, found in recipes.items():
+            lines += [*table(code, found, paper, subset=subset), ""]
+    text = "\n".join(lines)
+    target = root / "report.md"
     with atomic_path(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
+    draw(recipes, paper, root / "report.png")
     print(text)
-    print(f"written to {target}", file=sys.stderr)
+    print(f"written to {target} and {root / 'report.png'}", file=sys.stderr)
 
 
 if __name__ == "__main__":

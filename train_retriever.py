@@ -159,7 +159,9 @@ def train(config: RetrieverConfig, data: SequenceDataset) -> None:
     )
     details = {
         "device": str(accelerator.device),
+        "num_users": data.num_users,
         "num_items": data.num_items,
+        "num_interactions": len(data.item_ids),
         "data_fingerprint": data.fingerprint,
         "fingerprint": fingerprint,
     }

@@ -19,7 +19,7 @@ def test_paper_tables_hold_both_tables():
     for table in ("all_users", "retrieved_users"):
         for models in paper[table].values():
             assert set(models) == {"NARM", "BERT4Rec", "SASRec", "LRURec", "LlamaRec"}
-            assert all(tuple(metrics) == report.METRICS for metrics in models.values())
+            assert all({*metrics} == {*report.METRICS[:-1]} for metrics in models.values())
 
 
 def test_interval_is_that_of_the_mean():
@@ -37,9 +37,27 @@ def test_report_on_a_run(retrieved: Path, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     metrics = json.loads((target / "test_metrics.json").read_text())
     text = (tmp_path / "report.md").read_text()
-    assert f"| `custom` | lru | NDCG@10 | {metrics['NDCG@10']:.4f} |" in text
+    assert "| **LRURec, paper**, 1 seed | " in text and f" {metrics['NDCG@10']:.4f} (" in text
+    with open(tmp_path / "report.png", "rb") as file:
+        assert file.read(8) == b"\x89PNG\r\n\x1a\n"
     same = run_script("report.py", "--compare", target, retrieved)
     assert same.returncode == 0 and "+0.0000" in same.stdout and "p = 1.0000" in same.stdout
+
+
+def test_runs_of_one_recipe_are_averaged_over_seeds(retrieved: Path):
+    first = report.read_run(retrieved)
+    again = first._replace(
+        settings=first.settings | {"seed": 7, "export_root": "elsewhere"}, ranks=first.ranks + 1
+    )
+    other = first._replace(folder=Path("other"), settings=first.settings | {"dropout": 0.125})
+    ((code, (base, changed)),) = report.find_recipes([first, again, other]).items()
+    assert (code, len(base.runs), len(changed.runs)) == ("custom", 2, 1)
+    assert base.name == f"LRURec, paper ({first.folder})"
+    assert changed.name == "LRURec, paper (other)"
+    lines = report.table(code, [base], {"all_users": {}, "retrieved_users": {}}, subset=False)
+    means = [np.mean(run.ranks <= 5) for run in base.runs]
+    recall, spread = (line.split("|")[4].split()[0] for line in lines[2:4])
+    assert recall == f"{np.mean(means):.4f}" and spread == f"{np.std(means, ddof=1):.4f}"
 
 
 def test_comparison_finds_a_difference_and_no_difference(retrieved: Path):
