@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config import RETRIEVER_PRESETS, RetrieverConfig, UserError, check_device, parse, run_main
@@ -17,6 +18,8 @@ from datasets.base import Filters
 from storage import read_json
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from trainer.search import Point
 
 OUTPUTS = ("model.safetensors", "candidates.npz", "val_metrics.json", "test_metrics.json")
@@ -39,10 +42,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             f"--num_candidates {config.num_candidates}: {data.code} has {data.num_items} items"
         )
+    encodings = None if config.title_encoder == "none" else title_encodings(config, data)
     if config.search:
         search(config, sys.argv[1:] if argv is None else argv)
     else:
-        train(config, data)
+        train(config, data, encodings)
+
+
+def title_encodings(config: RetrieverConfig, data: SequenceDataset) -> np.ndarray:
+    """(num_items + 1, E) what the titles mean to the encoder that the flags name."""
+    from model.hub import find_model
+
+    encoder = find_model(
+        config.title_encoder, cache_root=config.cache_root, hub_cache=None, flag="--title_encoder"
+    )
+    import torch
+
+    from model.titles import cached_title_encodings
+
+    on_cuda = config.device != "cpu" and torch.cuda.is_available()
+    device = "cuda" if on_cuda else "cpu"
+    return cached_title_encodings(encoder, data.titles, device, Path(config.cache_root))
 
 
 def search(config: RetrieverConfig, words: Sequence[str]) -> None:
@@ -72,7 +92,7 @@ def search(config: RetrieverConfig, words: Sequence[str]) -> None:
     print(f"\nwritten to {run_dir}")
 
 
-def train(config: RetrieverConfig, data: SequenceDataset) -> None:
+def train(config: RetrieverConfig, data: SequenceDataset, encodings: np.ndarray | None) -> None:
     """Train, select on validation, evaluate on the test split and write the run's files."""
     # Imported late, so that the mistakes above answer without waiting for torch.
     from safetensors.torch import load_model, save_model
@@ -83,6 +103,7 @@ def train(config: RetrieverConfig, data: SequenceDataset) -> None:
     from metrics import ranking_metrics
     from model.losses import SampledCrossEntropy, linear_cross_entropy
     from model.retriever import build_retriever
+    from model.titles import set_item_embeddings
     from storage import atomic_path, write_json
     from trainer import run
     from trainer.average import WeightAverage
@@ -127,6 +148,8 @@ def train(config: RetrieverConfig, data: SequenceDataset) -> None:
         dropout=config.dropout,
         attn_dropout=config.attn_dropout,
     )
+    if encodings is not None:
+        set_item_embeddings(model.embedding.weight, encodings)
     if config.negatives:
         cross_entropy = SampledCrossEntropy(
             data.training_counts(), config.negatives, accelerator.device

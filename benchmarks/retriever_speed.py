@@ -162,7 +162,7 @@ def main() -> None:
         for model_code in flags.models:
             for threads in flags.threads:
                 torch.set_num_threads(threads)
-                preset = RETRIEVER_PRESETS.get(code, {})
+                preset = RETRIEVER_PRESETS["paper"].get(code, {})
                 config = RetrieverConfig(dataset_code=code, model_code=model_code, **preset)
                 rows.append(measure(data, config, torch.device("cpu"), flags.rounds))
                 print(rows[-1], file=sys.stderr)

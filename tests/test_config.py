@@ -52,6 +52,13 @@ def test_presets_of_the_paper():
     assert (config.dropout, config.weight_decay, config.lr) == (0.5, 0.01, 0.001)
 
 
+def test_tuned_preset_keeps_the_data_sets_sizes():
+    config = retriever("--dataset_code", "ml-100k", "--preset", "tuned")
+    assert (config.max_len, config.train_batch_size, config.ema_decay) == (200, 16, 0.999)
+    config = retriever("--dataset_code", "games", "--preset", "tuned", "--ema_decay", "0")
+    assert (config.max_len, config.ema_decay, config.lr_decay) == (50, 0, "cosine")
+
+
 def test_flags_win_over_presets():
     flags = "--dataset_code ml-100k --weight_decay 0 --lr 3e-4 --max_len 7 --train_batch_size 3"
     config = retriever(*flags.split())
