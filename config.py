@@ -234,8 +234,13 @@ class RankerConfig(CommonConfig):
     llm_load_in_4bit: bool | None = flag(
         None, "quantise the frozen weights to NF4; true on CUDA, else false", boolean
     )
-    gradient_checkpointing: bool | None = flag(
-        None, "recompute activations to save memory; true for NF4 on CUDA, else false", boolean
+    gradient_checkpointing: str = flag(
+        "auto",
+        "recompute activations to save memory; auto: if they would not fit",
+        choices=("auto", "true", "false"),
+    )
+    tokens_per_batch: int | None = flag(
+        None, "most tokens in memory at once in training; 16384 on CUDA, 4096 on the CPU", positive
     )
     llm_max_title_len: int = flag(32, "longest title in tokens", positive)
     llm_max_text_len: int = flag(1536, "longest prompt in tokens, oldest history goes", positive)
@@ -261,7 +266,21 @@ class RankerConfig(CommonConfig):
     lora_early_stopping_patience: int = flag(20, "validations without a gain", positive)
     lora_lr: float = flag(1e-4, "learning rate", real)
     lora_micro_batch_size: int | None = flag(
-        None, "prompts in memory at once; 16 on CUDA, 4 on the CPU", positive
+        None, "most prompts in memory at once in training, besides --tokens_per_batch", positive
+    )
+    train_candidates: str = flag(
+        "random",
+        "negatives of the training prompts: random, the retriever's own candidates, or half each",
+        choices=("random", "retrieved", "mixed"),
+    )
+    response_loss: str = flag(
+        "vocabulary",
+        "softmax of the loss: over the vocabulary, for the letter and the end of the sequence, or "
+        "over the letters alone",
+        choices=("vocabulary", "letters"),
+    )
+    permutations: int = flag(
+        1, "orders of the candidates a user's scores are averaged over", positive
     )
     rerank_metric_ks: tuple[int, ...] = flag((1, 5, 10), "cut-offs", positive, many=True)
     rerank_best_metric: str = flag("NDCG@10", "validation metric that selects the adapter")
@@ -281,6 +300,8 @@ class RankerConfig(CommonConfig):
         _check_metric(
             "rerank_best_metric", self.rerank_best_metric, "rerank_metric_ks", self.rerank_metric_ks
         )
+        if self.response_loss == "letters" and self.llm_train_on_inputs:
+            raise UserError("--response_loss letters leaves no loss for --llm_train_on_inputs true")
         if self.llm_input_template.count("{}") != 2:
             raise UserError(
                 "--llm_input_template needs {} twice, for the history and the candidates"

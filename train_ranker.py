@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from config import (
     RANKER_PRESETS,
@@ -35,6 +36,10 @@ from model.hub import (
 )
 from storage import read_json
 
+if TYPE_CHECKING:
+    import numpy as np
+    from accelerate import Accelerator
+
 OUTPUTS = (
     "adapter",
     "rankings.npz",
@@ -43,6 +48,7 @@ OUTPUTS = (
     "overall_metrics.json",
     "fused_metrics.json",
 )
+RETRIEVER_BATCH_SIZE = 256
 INHERITED = (
     "dataset_code", "data_root", "cache_root", "interactions", "items",
     "min_rating", "min_uc", "min_sc",
@@ -121,6 +127,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     train(config, data, candidates, base, prompts, eos_id, on_cuda)
 
 
+def hard_negatives_of(
+    config: RankerConfig, data: SequenceDataset, size: int, accelerator: Accelerator
+) -> np.ndarray:
+    """(examples, size) what the retriever would have put beside each training answer."""
+    from dataloader.retriever import Prefixes
+    from dataloader.sampler import evaluation_loader
+    from model.retriever import load_retriever
+    from trainer.retriever import hard_negatives
+
+    retriever = load_retriever(config.retrieved_dir, data.num_items)
+    prefixes = Prefixes(data, retriever.max_len, retriever.mask_token)
+    loader = evaluation_loader(prefixes, RETRIEVER_BATCH_SIZE, config.num_workers)
+    return hard_negatives(retriever.model.to(accelerator.device), loader, size)
+
+
 def train(
     config: RankerConfig,
     data: SequenceDataset,
@@ -142,7 +163,7 @@ def train(
     from dataloader.ranker import EvaluationPrompts, TrainingPrompts
     from dataloader.sampler import ShuffledBatches, evaluation_loader, training_loader
     from metrics import ranking_metrics
-    from model.ranker import add_lora, load_causal_lm
+    from model.ranker import add_lora, load_causal_lm, needs_checkpointing
     from model.verbalizer import response_loss
     from storage import atomic_folder, atomic_path, write_json
     from trainer import run
@@ -165,9 +186,7 @@ def train(
     ks = config.rerank_metric_ks
     run_dir = config.run_dir(base.name)
     in_4bit = on_cuda if config.llm_load_in_4bit is None else config.llm_load_in_4bit
-    checkpointing = config.gradient_checkpointing
-    checkpointing = in_4bit and on_cuda if checkpointing is None else checkpointing
-    micro_batch_size = config.lora_micro_batch_size or (16 if on_cuda else 4)
+    max_tokens = config.tokens_per_batch or (16_384 if on_cuda else 4_096)
 
     accelerator = run.make_accelerator(config.device, config.seed)
     details = {
@@ -175,8 +194,7 @@ def train(
         "llm_base_model": base.name,
         "llm_revision": base.revision,
         "llm_load_in_4bit": in_4bit,
-        "gradient_checkpointing": checkpointing,
-        "lora_micro_batch_size": micro_batch_size,
+        "tokens_per_batch": max_tokens,
         "retrieved_from": str(config.retrieved_dir),
         "data_fingerprint": data.fingerprint,
     }
@@ -188,12 +206,20 @@ def train(
         print(f"{run_dir} is finished, there is nothing to resume")
         print(run.metrics_table({"two stages": read_json(run_dir / "overall_metrics.json")}))
         return
+    negatives = None
+    if config.train_candidates != "random":
+        size = config.llm_negative_sample_size
+        negatives = hard_negatives_of(
+            config, data, size if config.train_candidates == "retrieved" else size // 2, accelerator
+        )
     examples = TrainingPrompts(
         data,
         prompts,
         num_negatives=config.llm_negative_sample_size,
+        hard_negatives=negatives,
         max_history=config.llm_max_history,
-        micro_batch_size=micro_batch_size,
+        max_rows=config.lora_micro_batch_size or config.train_batch_size,
+        max_tokens=max_tokens,
         eos_id=eos_id,
         on_inputs=config.llm_train_on_inputs,
         seed=config.seed,
@@ -206,6 +232,8 @@ def train(
         patience=config.lora_early_stopping_patience if config.early_stopping else None,
         best_metric=config.rerank_best_metric,
         max_grad_norm=config.max_grad_norm,
+        if_nan="start anew with a lower --lora_lr",
+        if_memory=f"lower --tokens_per_batch from {max_tokens:,} and go on with --resume true",
     )
     loaders = {
         split: evaluation_loader(
@@ -216,6 +244,8 @@ def train(
                 prompts,
                 max_history=config.llm_max_history,
                 pad_id=eos_id,
+                permutations=config.permutations,
+                seed=config.seed,
             ),
             batch_size,
             config.num_workers,
@@ -239,6 +269,9 @@ def train(
         raise UserError(
             f"--llm_max_text_len {config.llm_max_text_len}: {base.name} reads at most {longest}"
         )
+    checkpointing = config.gradient_checkpointing == "true"
+    if config.gradient_checkpointing == "auto":
+        checkpointing = needs_checkpointing(causal_lm, max_tokens)
     model = add_lora(
         causal_lm,
         rank=config.lora_r,
@@ -265,6 +298,7 @@ def train(
     model, optimizer, train_loader, loaders["val"], loaders["test"] = accelerator.prepare(
         model, optimizer, train_loader, loaders["val"], loaders["test"]
     )
+    details["gradient_checkpointing"] = checkpointing
     log = run.open_run(run_dir, config, details, OUTPUTS, accelerator)
     label_ids = torch.from_numpy(prompts.label_ids).to(accelerator.device)
     adapter = run_dir / "adapter"
@@ -294,13 +328,18 @@ def train(
         scheduler=scheduler,
         loader=train_loader,
         sampler=sampler,
-        loss=lambda model, batch: response_loss(model, batch, config.llm_train_on_inputs),
+        loss=partial(
+            response_loss,
+            on_inputs=config.llm_train_on_inputs,
+            label_ids=label_ids if config.response_loss == "letters" else None,
+        ),
         validate=validate,
         save_best=save_best,
         settings=settings,
         run_dir=run_dir,
         fingerprint=fingerprint,
         log=log,
+        user_names=data.user_names,
         average=WeightAverage(model, config.ema_decay) if config.ema_decay else None,
     )
     progress = trainer.fit(config.resume)

@@ -137,6 +137,8 @@ def train(config: RetrieverConfig, data: SequenceDataset, encodings: np.ndarray 
         patience=config.early_stopping_patience if config.early_stopping else None,
         best_metric=config.best_metric,
         max_grad_norm=config.max_grad_norm,
+        if_nan="start anew with a lower --lr",
+        if_memory="start anew with a lower --train_batch_size",
     )
     model = build_retriever(
         config.model_code,
@@ -224,6 +226,7 @@ def train(config: RetrieverConfig, data: SequenceDataset, encodings: np.ndarray 
         run_dir=run_dir,
         fingerprint=fingerprint,
         log=log,
+        user_names=data.user_names,
         average=WeightAverage(model, config.ema_decay) if config.ema_decay else None,
     )
     progress = trainer.fit(config.resume)

@@ -40,19 +40,61 @@ def sample_negatives(
     return rng.choice(pool, min(size, len(pool)), replace=False)
 
 
+# Tokens that a micro-batch of its own may save: below that its fixed cost is more than padding.
+GROUP_TOKENS = 128
+
+
+def micro_batches(lengths: np.ndarray, max_rows: int, max_tokens: int | None) -> list[np.ndarray]:
+    """Group sequences into padded micro-batches with the least padding.
+
+    Sequences of neighbouring lengths go together, in the order of their lengths; where to cut is
+    found by dynamic programming over all cuts.
+
+    Args:
+        lengths: (n,) of the sequences in tokens.
+        max_rows: most sequences in a micro-batch.
+        max_tokens: most tokens in a micro-batch, padding included, if not None; a single sequence
+            may be longer.
+
+    Returns:
+        Places of the sequences, longest first, by micro-batch.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    ordered = lengths[order]
+    costs, cuts = [0], [0]  # of the first n sequences; where their last micro-batch starts
+    for end in range(1, len(order) + 1):
+        best, cut = None, 0
+        for start in range(end - 1, max(end - max_rows, 0) - 1, -1):
+            tokens = int(ordered[start]) * (end - start)
+            if max_tokens is not None and tokens > max_tokens and end - start > 1:
+                break
+            cost = costs[start] + tokens + GROUP_TOKENS
+            if best is None or cost < best:
+                best, cut = cost, start
+        costs.append(best)
+        cuts.append(cut)
+    groups, end = [], len(order)
+    while end:
+        groups.append(order[cuts[end] : end])
+        end = cuts[end]
+    return groups[::-1]
+
+
 class TrainingPrompts(Dataset):
     """A prompt for every training interaction but each user's first.
 
-    The candidates are the answer and sampled items that the user has not had before, shuffled.
-    They depend on the seed and the example's number alone; numbers go on from epoch to epoch, so
-    that every epoch samples anew.
+    The candidates are the answer and items that the user has not had before, shuffled: hard
+    negatives first, if there are any, then sampled ones. They depend on the seed and the example's
+    number alone; numbers go on from epoch to epoch, so that every epoch samples anew.
 
     Args:
         data: the data set.
         prompts: builds the prompts.
-        num_negatives: sampled candidates.
+        num_negatives: candidates beside the answer.
+        hard_negatives: (examples, k) items by example, 0 for none, of which each prompt has all.
         max_history: most items of the history.
-        micro_batch_size: prompts that pass through the model at once.
+        max_rows: most prompts that pass through the model at once.
+        max_tokens: most tokens that do, if not None.
         eos_id: token that ends the response.
         on_inputs: whether the loss covers the whole prompt.
         seed: seed of the sampling.
@@ -64,62 +106,68 @@ class TrainingPrompts(Dataset):
         prompts: PromptBuilder,
         *,
         num_negatives: int,
+        hard_negatives: np.ndarray | None = None,
         max_history: int,
-        micro_batch_size: int,
+        max_rows: int,
+        max_tokens: int | None = None,
         eos_id: int,
         on_inputs: bool,
         seed: int,
     ) -> None:
         self.item_ids, self.num_items = data.item_ids, data.num_items
         self.prompts, self.num_negatives, self.max_history = prompts, num_negatives, max_history
-        self.micro_batch_size, self.eos_id = micro_batch_size, eos_id
-        self.on_inputs, self.seed = on_inputs, seed
-        counts = np.maximum(data.history_ends("train") - data.offsets[:-1] - 1, 0)
-        self.ends = np.cumsum(counts)  # examples of the users up to and including each
-        self.first_answers = data.offsets[:-1] + 1
+        self.hard_negatives = hard_negatives
+        self.max_rows, self.max_tokens = max_rows, max_tokens
+        self.eos_id, self.on_inputs, self.seed = eos_id, on_inputs, seed
+        self.starts, self.ends = data.training_prefixes()
+        self.users = np.searchsorted(data.offsets, self.starts, side="right") - 1
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return len(self.ends)
 
     def example(self, number: int) -> tuple[np.ndarray, np.ndarray, int]:
         """History (h,), candidates (c,) and the answer's place among them."""
         rng = np.random.default_rng([self.seed, number])
         number %= len(self)
-        user = int(np.searchsorted(self.ends, number, side="right"))
-        before = int(self.ends[user - 1]) if user else 0
-        start = int(self.first_answers[user]) - 1
-        answer_at = int(self.first_answers[user]) + number - before
-        history, answer = self.item_ids[start:answer_at], self.item_ids[answer_at]
-        excluded = np.append(history, answer)
-        negatives = sample_negatives(rng, self.num_items, excluded, self.num_negatives)
-        candidates = rng.permutation(np.append(negatives, answer))
+        history = self.item_ids[self.starts[number] : self.ends[number]]
+        answer = self.item_ids[self.ends[number]]
+        taken = np.array([answer])
+        if self.hard_negatives is not None:
+            hard = self.hard_negatives[number]
+            taken = np.append(hard[hard > 0], answer)
+        excluded = np.append(history, taken)
+        size = self.num_negatives + 1 - len(taken)
+        negatives = sample_negatives(rng, self.num_items, excluded, size)
+        candidates = rng.permutation(np.append(negatives, taken))
         place = int(np.flatnonzero(candidates == answer)[0])
         return history[-self.max_history :], candidates, place
 
     def __getitems__(self, numbers: list[int]) -> list[Batch]:
-        """Micro-batches of one optimizer step, longest prompts first to waste little padding."""
+        """Micro-batches of one optimizer step, longest prompts first; ``users`` are their users."""
         sequences = []
         for number in numbers:
             history, candidates, place = self.example(number)
             prompt = self.prompts.encode(history, candidates)
             sequences.append(np.append(prompt, [self.prompts.label_ids[place], self.eos_id]))
-        sequences.sort(key=len, reverse=True)
-        groups = [
-            sequences[i : i + self.micro_batch_size]
-            for i in range(0, len(sequences), self.micro_batch_size)
-        ]
-        targets = [sum(len(x) - 1 if self.on_inputs else 2 for x in group) for group in groups]
+        lengths = np.array([len(x) for x in sequences])
+        users = self.users[np.asarray(numbers) % len(self)]
+        targets = lengths - 1 if self.on_inputs else np.full_like(lengths, 2)
         return [
-            pad_left(group, self.eos_id) | {"weight": n / sum(targets)}
-            for group, n in zip(groups, targets)
+            pad_left([sequences[i] for i in group], self.eos_id)
+            | {
+                "weight": float(targets[group].sum() / targets.sum()),
+                "users": users[group].tolist(),
+            }
+            for group in micro_batches(lengths, self.max_rows, self.max_tokens)
         ]
 
 
 class EvaluationPrompts(Dataset):
     """A prompt with the retriever's candidates for every user whose answer is among them.
 
-    The candidates keep the retriever's order. Users come in order of their prompts' length, so
-    that batches waste little padding.
+    The candidates keep the retriever's order; further prompts of the same user have them in
+    random orders. Users come in order of their prompts' length, so that batches waste little
+    padding.
 
     Args:
         data: the data set.
@@ -128,6 +176,8 @@ class EvaluationPrompts(Dataset):
         prompts: builds the prompts.
         max_history: most items of the history.
         pad_id: fills shorter rows.
+        permutations: prompts for each user.
+        seed: seed of the random orders.
     """
 
     def __init__(
@@ -139,24 +189,41 @@ class EvaluationPrompts(Dataset):
         *,
         max_history: int,
         pad_id: int,
+        permutations: int = 1,
+        seed: int = 0,
     ) -> None:
         self.prompts, self.pad_id = prompts, pad_id
+        self.permutations, self.seed = permutations, seed
         self.data, self.ends = data, data.history_ends(split)
         self.candidates, self.max_history = candidates, max_history
         users = candidates.retrieved
-        lengths = np.array([len(self._prompt(user)) for user in users], dtype=np.int64)
+        order = np.arange(candidates.items.shape[1])
+        lengths = np.array([len(self._prompt(user, order)) for user in users], dtype=np.int64)
         self.users = users[np.argsort(lengths, kind="stable")]
 
-    def _prompt(self, user: int) -> np.ndarray:
+    def _prompt(self, user: int, order: np.ndarray) -> np.ndarray:
         start, end = int(self.data.offsets[user]), int(self.ends[user])
         history = self.data.item_ids[max(start, end - self.max_history) : end]
-        return self.prompts.encode(history, self.candidates.items[user])
+        return self.prompts.encode(history, self.candidates.items[user][order])
+
+    def _order(self, user: int, permutation: int) -> np.ndarray:
+        """(C,) which candidate stands at each label."""
+        size = self.candidates.items.shape[1]
+        if permutation == 0:
+            return np.arange(size)
+        return np.random.default_rng([self.seed, user, permutation]).permutation(size)
 
     def __len__(self) -> int:
-        return len(self.users)
+        return len(self.users) * self.permutations
 
     def __getitems__(self, places: list[int]) -> Batch:
-        """One batch: ``input_ids`` and ``attention_mask`` (B, L), ``users`` (B,) int64."""
-        users = self.users[places]
-        batch = pad_left([self._prompt(user) for user in users], self.pad_id)
-        return batch | {"users": torch.from_numpy(users)}
+        """One batch: ``input_ids`` and ``attention_mask`` (B, L); ``users`` (B,) and ``orders``
+        (B, C), which candidate stands at each label, all int64.
+        """
+        users = [int(self.users[place // self.permutations]) for place in places]
+        orders = [self._order(u, place % self.permutations) for u, place in zip(users, places)]
+        batch = pad_left([self._prompt(*pair) for pair in zip(users, orders)], self.pad_id)
+        return batch | {
+            "users": torch.tensor(users),
+            "orders": torch.from_numpy(np.stack(orders)),
+        }

@@ -8,10 +8,10 @@ on padding:
 - ``positions`` (N,) int64, the index of each position within its sequence;
 - ``longest`` int, the length of the longest sequence.
 
-A training batch also has ``labels`` (N,), the item that follows each position; where only some
-positions are trained on, they are ``keep`` (K,) and ``labels`` is (K,). An evaluation batch has
-``keep`` (B,), each sequence's last position on the flat axis, ``answers`` (B,), and the users'
-histories as ``history_rows`` and ``history_items``. All are int64.
+A training batch also has ``labels`` (N,), the item that follows each position, and a list of its
+``users``; where only some positions are trained on, they are ``keep`` (K,) and ``labels`` is (K,).
+An evaluation batch has ``keep`` (B,), each sequence's last position on the flat axis, ``answers``
+(B,), and the users' histories as ``history_rows`` and ``history_items``. All are int64.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class _Windows(Dataset):
         whole = np.repeat(windows == 1, windows)
         self.ends = np.repeat(ends, windows) - steps
         self.starts = np.where(whole, np.repeat(starts, windows), self.ends - max_len)
+        self.users = np.repeat(np.arange(data.num_users), windows)
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -84,7 +85,8 @@ class TrainingWindows(_Windows):
         item_ids = np.where((places == 0) & has_start, 0, self.item_ids[targets - 1])
         positions = np.where(has_start, np.maximum(places - 1, 0), places)
         batch = {"item_ids": item_ids, "positions": positions, "labels": self.item_ids[targets]}
-        return [_tensors(batch) | {"longest": int(positions.max()) + 1, "weight": 1.0}]
+        extra = {"longest": int(positions.max()) + 1, "users": self.users[indices].tolist()}
+        return [_tensors(batch) | extra | {"weight": 1.0}]
 
 
 class MaskedWindows(_Windows):
@@ -124,7 +126,8 @@ class MaskedWindows(_Windows):
             "keep": np.flatnonzero(masked),
             "labels": items[masked],
         }
-        return [_tensors(batch) | {"longest": int(lengths.max()), "weight": 1.0}]
+        extra = {"longest": int(lengths.max()), "users": self.users[indices].tolist()}
+        return [_tensors(batch) | extra | {"weight": 1.0}]
 
 
 class Histories(Dataset):
@@ -147,7 +150,7 @@ class Histories(Dataset):
         return len(self.ends)
 
     def __getitems__(self, users: list[int]) -> Batch:
-        """One jagged batch of the users given."""
+        """One jagged batch of the users or, of ``Prefixes``, the examples given."""
         starts, ends = self.starts[users], self.ends[users]
         lengths = np.minimum(ends - starts, self.max_len)
         if self.mask_token is None:
@@ -168,3 +171,15 @@ class Histories(Dataset):
             "history_items": self.item_ids[history],
         }
         return _tensors(batch) | {"longest": int(lengths.max())}
+
+
+class Prefixes(Histories):
+    """Each training interaction but a user's first, as the answer to what came before it.
+
+    Their numbers are those of ``SequenceDataset.training_prefixes``; arguments as of
+    ``Histories``.
+    """
+
+    def __init__(self, data: SequenceDataset, max_len: int, mask_token: int | None = None) -> None:
+        super().__init__(data, "train", max_len, mask_token)
+        self.starts, self.ends = data.training_prefixes()

@@ -109,6 +109,17 @@ class SequenceDataset:
         """
         return self.offsets[1:] - {"train": 2, "val": 2, "test": 1}[split]
 
+    def training_prefixes(self) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) flat start and (n,) flat end of every non-empty prefix of a training sequence that
+        another training interaction follows, at the end's index.
+        """
+        starts, ends = self.offsets[:-1], self.history_ends("train")
+        counts = np.maximum(ends - starts - 1, 0)
+        first = np.cumsum(counts) - counts  # number of each user's first prefix
+        places = np.arange(counts.sum()) - np.repeat(first, counts)
+        starts = np.repeat(starts, counts)
+        return starts, starts + 1 + places
+
     def training_counts(self) -> np.ndarray:
         """(num_items + 1,) how often each item occurs in the training part, 0 for padding."""
         steps = np.zeros(len(self.item_ids) + 1, dtype=np.int64)

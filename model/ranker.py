@@ -10,11 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from config import UserError
+
+PROBE_TOKENS = 64
+MEMORY_SHARE = 0.8  # of what is free; the rest is for gradients, temporaries and fragmentation
 
 
 def load_causal_lm(folder: Path, *, device: torch.device, in_4bit: bool) -> PreTrainedModel:
@@ -53,6 +57,52 @@ def load_causal_lm(folder: Path, *, device: torch.device, in_4bit: bool) -> PreT
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def activation_bytes_per_token(model: PreTrainedModel) -> float:
+    """Memory that a forward pass keeps for the backward pass, measured on a short prompt."""
+    weights = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    embeddings = model.get_input_embeddings()
+    input_ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device=embeddings.weight.device)
+    inputs = embeddings(input_ids).detach().requires_grad_()  # so that a frozen model keeps as much
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = model.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+    total = sum(kept.values())
+    del output  # until here no storage was freed, so that none was counted under another's address
+    return total / PROBE_TOKENS
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is left on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def needs_checkpointing(model: PreTrainedModel, max_tokens: int) -> bool:
+    """Whether activations must be recomputed to fit in memory; says so in one line.
+
+    Args:
+        model: causal LM on its device, before its adapters are added.
+        max_tokens: most tokens that pass through it at once in training.
+    """
+    each = activation_bytes_per_token(model)
+    free = free_bytes(model.device)
+    needed = each * max_tokens > MEMORY_SHARE * free
+    print(
+        f"activations: {each / 2**20:.2f} MiB a token, {each * max_tokens / 2**30:.1f} GiB for "
+        f"{max_tokens:,} tokens, {free / 2**30:.1f} GiB are free: "
+        f"{'gradient checkpointing' if needed else 'no gradient checkpointing'}"
+    )
+    return needed
 
 
 def add_lora(

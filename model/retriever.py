@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError
+from safetensors.torch import load_model
 from torch import nn
 
+from config import UserError
 from model.lru import LRURec
 from model.narm import NARM
 from model.transformer import TransformerRec
+from storage import read_json
 
 
 def build_retriever(
@@ -40,3 +47,45 @@ def build_retriever(
     return TransformerRec(
         *sizes, num_heads, dropout, attn_dropout, max_len, causal={"sas": True, "bert": False}[code]
     )
+
+
+class TrainedRetriever(NamedTuple):
+    """A retriever from a run's folder.
+
+    Attributes:
+        model: in eval mode, on the CPU.
+        max_len: longest sequence.
+        mask_token: what stands at the place to predict, if not None.
+    """
+
+    model: nn.Module
+    max_len: int
+    mask_token: int | None
+
+
+def load_retriever(folder: Path, num_items: int) -> TrainedRetriever:
+    """Load the model of a finished run of ``train_retriever.py``.
+
+    Raises:
+        UserError: its files are missing or do not fit each other.
+    """
+    settings = read_json(folder / "config.json")
+    try:
+        model = build_retriever(
+            settings["model_code"],
+            num_items=num_items,
+            max_len=settings["max_len"],
+            hidden_dim=settings["hidden_units"],
+            num_blocks=settings["num_blocks"],
+            num_heads=settings["num_heads"],
+            dropout=settings["dropout"],
+            attn_dropout=settings["attn_dropout"],
+        )
+        load_model(model, str(folder / "model.safetensors"))
+    except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{folder}: cannot load the retriever ({reason}): train it again"
+        ) from error
+    mask_token = num_items + 1 if settings["model_code"] == "bert" else None
+    return TrainedRetriever(model.eval(), settings["max_len"], mask_token)

@@ -40,7 +40,12 @@ def candidate_scores(model: nn.Module, batch: dict[str, Any], label_ids: Tensor)
     return nn.functional.linear(hidden.float(), head.weight[label_ids].float(), bias)
 
 
-def response_loss(model: nn.Module, batch: dict[str, Any], on_inputs: bool) -> Tensor:
+def response_loss(
+    model: nn.Module,
+    batch: dict[str, Any],
+    on_inputs: bool = False,
+    label_ids: Tensor | None = None,
+) -> Tensor:
     """Mean cross-entropy of the response: the answer's label and the end of the sequence.
 
     Args:
@@ -48,6 +53,8 @@ def response_loss(model: nn.Module, batch: dict[str, Any], on_inputs: bool) -> T
         batch: left-padded ``input_ids`` and ``attention_mask``, (B, L); the last two tokens of
             every row are the response.
         on_inputs: cover the whole prompt instead.
+        label_ids: (C,) token ids of the labels: the label's cross-entropy among them alone, as they
+            are scored, instead of the response's over the vocabulary.
     """
     input_ids, mask = batch["input_ids"], batch["attention_mask"]
     keep = 0 if on_inputs else 3  # the last position's logits are of no use
@@ -58,6 +65,9 @@ def response_loss(model: nn.Module, batch: dict[str, Any], on_inputs: bool) -> T
         use_cache=False,
         logits_to_keep=keep,
     ).logits[:, :-1]
+    if label_ids is not None:
+        targets = (input_ids[:, -2, None] == label_ids).int().argmax(1)
+        return nn.functional.cross_entropy(logits[:, -2, label_ids].float(), targets)
     targets = input_ids[:, -logits.shape[1] :]
     if on_inputs:
         targets = torch.where(mask[:, :-1].bool(), targets, -100)

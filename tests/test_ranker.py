@@ -1,22 +1,37 @@
 """The ranker: batches, the verbalizer against stock transformers, NF4 with LoRA, adapters."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import PeftModel
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
+from dataloader import ranker as ranker_batches
 from dataloader.candidates import Candidates
 from dataloader.prompt import PromptBuilder
 from dataloader.ranker import EvaluationPrompts, TrainingPrompts, pad_left, sample_negatives
-from model.ranker import add_lora, load_causal_lm
+from dataloader.sampler import evaluation_loader
+from model.ranker import (
+    activation_bytes_per_token,
+    add_lora,
+    load_causal_lm,
+    needs_checkpointing,
+)
 from model.verbalizer import candidate_scores, response_loss
 from tests.test_models import make_data
 from trainer.loop import build_optimizer
-from trainer.ranker import fused_scores, fusion_weight, reranked, two_stage_ranks
+from trainer.ranker import (
+    fused_scores,
+    fusion_weight,
+    reranked,
+    score_users,
+    two_stage_ranks,
+)
 
 CPU = torch.device("cpu")
 LORA = {
@@ -36,9 +51,15 @@ def prompts(tiny_llama: Path) -> PromptBuilder:
     )
 
 
+@pytest.fixture(autouse=True)
+def few_micro_batches(monkeypatch: pytest.MonkeyPatch):
+    """Short prompts would mostly stand alone otherwise."""
+    monkeypatch.setattr(ranker_batches, "GROUP_TOKENS", 10**6)
+
+
 def training_prompts(prompts: PromptBuilder, **options: object) -> TrainingPrompts:
     arguments = {
-        "num_negatives": 4, "max_history": 5, "micro_batch_size": 3, "eos_id": 1,
+        "num_negatives": 4, "max_history": 5, "max_rows": 3, "eos_id": 1,
         "on_inputs": False, "seed": 0,
     }  # fmt: skip
     return TrainingPrompts(make_data([6, 3, 9]), prompts, **(arguments | options))
@@ -77,17 +98,64 @@ def test_places_of_the_answer_are_uniform(prompts: PromptBuilder):
     assert np.bincount(places, minlength=5).min() > 330
 
 
+def test_hard_negatives_are_all_there(prompts: PromptBuilder):
+    data = make_data([6, 3, 9])
+    starts, ends = data.training_prefixes()
+    free = [
+        np.setdiff1d(np.arange(1, 31), data.item_ids[s : e + 1])[:3] for s, e in zip(starts, ends)
+    ]
+    hard = np.stack(free).astype(np.int32)
+    hard[4, 1:] = 0  # the retriever had no more to offer
+    examples = training_prompts(prompts, num_negatives=7, hard_negatives=hard)
+    for number in range(2 * len(examples)):
+        history, candidates, place = examples.example(number)
+        wanted = hard[number % len(examples)]
+        assert set(wanted[wanted > 0]) <= set(np.delete(candidates, place).tolist())
+        assert len(set(candidates.tolist())) == 8
+        assert not set(np.delete(candidates, place)) & set(history.tolist())
+    only = training_prompts(prompts, num_negatives=3, hard_negatives=hard)
+    history, candidates, place = only.example(0)
+    assert sorted(np.delete(candidates, place)) == hard[0].tolist()
+
+
 def test_negatives_where_few_items_are_left():
     rng = np.random.default_rng(0)
     found = sample_negatives(rng, 6, np.array([1, 2, 3]), 5)
     assert sorted(found) == [4, 5, 6]
 
 
+def padded_tokens(lengths: np.ndarray, groups: list[np.ndarray]) -> int:
+    return sum(int(lengths[group].max()) * len(group) for group in groups)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_micro_batches_are_the_cheapest(seed: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ranker_batches, "GROUP_TOKENS", 20)
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(10, 100, size=int(rng.integers(1, 9)))
+    max_rows, max_tokens = int(rng.integers(1, 6)), int(rng.integers(50, 400))
+    groups = ranker_batches.micro_batches(lengths, max_rows, max_tokens)
+    assert sorted(np.concatenate(groups)) == list(range(len(lengths)))
+    ordered = lengths[np.concatenate(groups)]
+    assert (np.diff(ordered) <= 0).all()
+    for group in groups:
+        assert len(group) <= max_rows
+        assert len(group) == 1 or lengths[group].max() * len(group) <= max_tokens
+    costs = []
+    for cuts in range(2 ** (len(lengths) - 1)):  # every way to cut the sorted sequences
+        edges = [0, *(i + 1 for i in range(len(lengths) - 1) if cuts >> i & 1), len(lengths)]
+        parts = [ordered[a:b] for a, b in itertools.pairwise(edges)]
+        if all(len(p) <= max_rows and (len(p) == 1 or p[0] * len(p) <= max_tokens) for p in parts):
+            costs.append(sum(p[0] * len(p) + 20 for p in parts))
+    assert padded_tokens(lengths, groups) + 20 * len(groups) == min(costs)
+
+
 def test_micro_batches_weigh_their_targets(prompts: PromptBuilder):
     for on_inputs in (False, True):
         examples = training_prompts(prompts, on_inputs=on_inputs)
         batch = examples.__getitems__(list(range(8)))
-        assert [len(m["input_ids"]) for m in batch] == [3, 3, 2]
+        rows = [len(m["input_ids"]) for m in batch]
+        assert sum(rows) == 8 and max(rows) <= 3
         assert sum(m["weight"] for m in batch) == pytest.approx(1)
         for micro_batch in batch:
             assert (micro_batch["input_ids"][:, -1] == 1).all()
@@ -99,8 +167,8 @@ def test_loss_equals_stock_and_micro_batches_change_nothing(
 ):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     for on_inputs in (False, True):
-        whole = training_prompts(prompts, micro_batch_size=8, on_inputs=on_inputs)
-        parts = training_prompts(prompts, micro_batch_size=3, on_inputs=on_inputs)
+        whole = training_prompts(prompts, max_rows=8, on_inputs=on_inputs)
+        parts = training_prompts(prompts, max_rows=3, on_inputs=on_inputs)
         (batch,) = whole.__getitems__(list(range(8)))
         ours = response_loss(model, batch, on_inputs)
         split = sum(
@@ -162,7 +230,7 @@ def test_lora_step_and_saved_adapter(
     optimizer = build_optimizer(
         model, "AdamW", lr=1e-2, weight_decay=0.0, epsilon=1e-8, paged=False
     )
-    (batch,) = training_prompts(prompts, micro_batch_size=8).__getitems__(list(range(8)))
+    (batch,) = training_prompts(prompts, max_rows=8).__getitems__(list(range(8)))
     losses = []
     for _ in range(8):
         loss = response_loss(model, batch, on_inputs=False)
@@ -189,7 +257,7 @@ def test_evaluation_in_between_changes_no_gradient(
     prompts: PromptBuilder, tiny_llama: Path, in_4bit: bool
 ):
     model = add_lora(load_causal_lm(tiny_llama, device=CPU, in_4bit=in_4bit), **LORA)
-    (batch,) = training_prompts(prompts, micro_batch_size=8).__getitems__(list(range(8)))
+    (batch,) = training_prompts(prompts, max_rows=8).__getitems__(list(range(8)))
 
     def gradients() -> list[torch.Tensor]:
         model.train().zero_grad()
@@ -205,7 +273,7 @@ def test_evaluation_in_between_changes_no_gradient(
 
 
 def test_gradient_checkpointing_changes_no_gradient(prompts: PromptBuilder, tiny_llama: Path):
-    (batch,) = training_prompts(prompts, micro_batch_size=8).__getitems__(list(range(8)))
+    (batch,) = training_prompts(prompts, max_rows=8).__getitems__(list(range(8)))
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
@@ -284,3 +352,64 @@ def test_evaluation_prompts_cover_retrieved_users(prompts: PromptBuilder):
     for user, ids, mask in zip(batch["users"], batch["input_ids"], batch["attention_mask"]):
         history = data.item_ids[data.offsets[user] : data.offsets[user + 1] - 1][-4:]
         assert ids[mask.bool()].tolist() == prompts.encode(history, items[user]).tolist()
+
+
+def test_loss_over_the_letters_alone(prompts: PromptBuilder, tiny_llama: Path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    (batch,) = training_prompts(prompts, max_rows=8).__getitems__(list(range(8)))
+    label_ids = torch.from_numpy(prompts.label_ids)
+    found = response_loss(model, batch, label_ids=label_ids)
+    shorter = {k: batch[k][:, :-2] for k in ("input_ids", "attention_mask")}
+    scores = candidate_scores(model, shorter, label_ids)
+    labels = [prompts.label_ids.tolist().index(x) for x in batch["input_ids"][:, -2].tolist()]
+    expected = torch.nn.functional.cross_entropy(scores, torch.tensor(labels))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_scores_are_averaged_over_orders(prompts: PromptBuilder, tiny_llama: Path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    accelerator = Accelerator(cpu=True)
+    data = make_data([6, 5, 9, 4])
+    rng = np.random.default_rng(0)
+    labels = data.answers("test")
+    items = np.stack([rng.permutation(30)[:20] + 1 for _ in labels])
+    items[[0, 2, 3], [3, 0, 19]] = labels[[0, 2, 3]]  # user 1's answer may be absent
+    ranks = np.ones(4, dtype=np.int32)
+    candidates = Candidates(items, -np.cumsum(np.ones((4, 20)), axis=1), labels, ranks)
+    label_ids = torch.from_numpy(prompts.label_ids)
+
+    def score(permutations: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+        dataset = EvaluationPrompts(
+            data, "test", candidates, prompts, max_history=5, pad_id=1, permutations=permutations
+        )
+        loader = accelerator.prepare(evaluation_loader(dataset, batch_size, 0))
+        return score_users(accelerator, model, loader, label_ids, "test")
+
+    users, scores = score(3, 4)
+    assert users.tolist() == candidates.retrieved.tolist()
+    for user, averaged in zip(users, scores):
+        history = data.item_ids[data.offsets[user] : data.offsets[user + 1] - 1][-5:]
+        expected = np.zeros(20)
+        for permutation in range(3):
+            order = np.arange(20)
+            if permutation:
+                order = np.random.default_rng([0, user, permutation]).permutation(20)
+            prompt = torch.from_numpy(prompts.encode(history, items[user][order]))[None]
+            with torch.no_grad():
+                logits = model(prompt).logits[0, -1, label_ids].numpy()
+            expected[order] += logits / 3
+        np.testing.assert_allclose(averaged, expected, atol=1e-4)
+    alone = score(1, 4)[1]
+    assert not np.allclose(alone, scores, atol=1e-3)
+
+
+def test_activations_are_measured(tiny_llama: Path, capsys: pytest.CaptureFixture):
+    model = load_causal_lm(tiny_llama, device=CPU, in_4bit=False)
+    each = activation_bytes_per_token(model)
+    # At least the inputs of the two layers' seven projections: 64 wide but for one of 128.
+    assert 2 * 2 * (6 * 64 + 128) / 2 < each < 1e5
+    assert not needs_checkpointing(model, 100)
+    assert needs_checkpointing(model, 10**12)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith(": no gradient checkpointing") and len(said) == 2
+    assert all(p.grad is None for p in model.parameters())

@@ -327,6 +327,51 @@ def test_validation_by_epoch(toy_flags: list, tmp_path: Path):
     assert [record["step"] for record in log] == [2, 4, 6]
 
 
+def test_ranker_with_every_option(retrieved: Path, tiny_llama: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    done = run_script(
+        "train_ranker.py", "--llm_retrieved_path", retrieved, "--llm_base_model", tiny_llama,
+        "--export_root", run, *RANKER_FLAGS, "--train_candidates", "mixed", "--response_loss",
+        "letters", "--permutations", 2, "--tokens_per_batch", 600, "--ema_decay", 0.5,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert names(run) == RANKER_FILES and "no gradient checkpointing" in done.stdout
+    assert read(run / "config.json")["gradient_checkpointing"] is False
+    done = run_script(
+        "train_ranker.py", "--llm_retrieved_path", retrieved, "--llm_base_model", tiny_llama,
+        "--export_root", run, *RANKER_FLAGS, "--response_loss", "letters", "--llm_train_on_inputs",
+        "true",
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+def test_full_memory_and_loss_that_is_no_number(
+    toy_flags: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import train_retriever
+    from config import UserError
+    from trainer import retriever as retriever_training
+
+    usual, calls = retriever_training.catalogue_loss, 0
+
+    def full(*args: object, **options: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def broken_once(*args: object, **options: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return usual(*args, **options) * (float("nan") if calls == 3 else 1)
+
+    flags = [*toy_flags, "--device", "cpu", "--export_root", tmp_path, "--train_batch_size", 2]
+    monkeypatch.setattr(retriever_training, "catalogue_loss", full)
+    with pytest.raises(UserError, match=r"memory is full at step 1: .*--train_batch_size"):
+        train_retriever.main([str(flag) for flag in flags])
+    monkeypatch.setattr(retriever_training, "catalogue_loss", broken_once)
+    with pytest.raises(UserError, match=r"nan at step 3 with users u\d+, u\d+: .*--lr$"):
+        train_retriever.main([str(flag) for flag in flags])
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
 # Mistakes -------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,6 +34,8 @@ from trainer.checkpoint import (
 )
 
 SAVE_SECONDS = 300.0
+CHECK_STEPS = 10
+SHOWN_USERS = 8
 Metrics = dict[str, float]
 
 
@@ -47,6 +50,8 @@ class LoopSettings:
         patience: validations without a gain before stopping; never if None.
         best_metric: the validation metric that selects the weights.
         max_grad_norm: gradients are clipped to this norm; never if 0.
+        if_nan: what the user can do about a loss that is no number.
+        if_memory: what the user can do when the GPU's memory is full.
     """
 
     num_epochs: int
@@ -55,6 +60,8 @@ class LoopSettings:
     patience: int | None
     best_metric: str
     max_grad_norm: float
+    if_nan: str
+    if_memory: str
 
 
 @dataclass(frozen=True)
@@ -167,6 +174,7 @@ class Trainer:
         run_dir: folder of the run.
         fingerprint: names settings and data, so that no other run is resumed.
         log: takes a record a validation.
+        user_names: names of the users that a micro-batch's ``users`` number, for messages.
         average: what is validated and kept instead of the last step's weights, if not None.
     """
 
@@ -186,6 +194,7 @@ class Trainer:
         run_dir: Path,
         fingerprint: str,
         log: RunLog,
+        user_names: Sequence[str],
         average: WeightAverage | None = None,
     ) -> None:
         self.accelerator, self.model = accelerator, model
@@ -196,6 +205,8 @@ class Trainer:
         self.checkpoint, self.fingerprint = run_dir / FILE_NAME, fingerprint
         self.progress = Progress()
         self.losses: list[Tensor] = []  # since the last validation
+        self.user_names = user_names
+        self.recent: deque[list[int]] = deque(maxlen=CHECK_STEPS)  # users of the last steps
         self.total = total_steps(settings, len(loader))
         self.saved_at = time.monotonic()
 
@@ -216,8 +227,14 @@ class Trainer:
                 disable=not self.accelerator.is_main_process,
                 dynamic_ncols=True,
             ) as bar:
-                while not self.progress.done:
-                    self._epoch(bar)
+                try:
+                    while not self.progress.done:
+                        self._epoch(bar)
+                except torch.OutOfMemoryError as error:
+                    raise UserError(
+                        f"the GPU's memory is full at step {self.progress.step + 1:,}: "
+                        f"{self.settings.if_memory}"
+                    ) from error
         return self.progress
 
     def _epoch(self, bar: tqdm) -> None:
@@ -225,16 +242,18 @@ class Trainer:
         every = self.settings.val_steps
         self.sampler.seek(self.progress.epoch, self.progress.batch)
         for batch in self.loader:
+            self.recent.append([user for micro_batch in batch for user in micro_batch["users"]])
             self.losses.append(self._step(batch))
             step = self.progress.step + 1
             self.progress = replace(self.progress, step=step, batch=self.progress.batch + 1)
             bar.update()
-            if len(self.losses) % 10 == 1:
-                bar.set_postfix_str(f"loss {self._last_loss():.4f}")
+            if step % CHECK_STEPS == 0:
+                bar.set_postfix_str(f"loss {self._check_losses():.4f}")
             if step == self.total or (every and step % every == 0):
                 self._validate(bar)
                 self._save()
             elif time.monotonic() - self.saved_at > SAVE_SECONDS:
+                self._check_losses()
                 self._save()
             if self.progress.done:
                 return
@@ -263,14 +282,23 @@ class Trainer:
             self.average.update()
         return total
 
-    def _last_loss(self) -> float:
-        loss = self.losses[-1].item()
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} at step {self.progress.step:,}: lower the learning rate; "
-                "--resume true goes on from the last checkpoint"
-            )
-        return loss
+    def _check_losses(self) -> float:
+        """The last loss; looked at every few steps, as a look waits for the GPU.
+
+        Raises:
+            UserError: a loss is no number.
+        """
+        count = min(len(self.recent), len(self.losses))
+        losses = torch.stack(self.losses[-count:]).tolist()
+        for place, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                users = sorted({self.user_names[user] for user in self.recent[place - count]})
+                more = f" and {len(users) - SHOWN_USERS} more" if len(users) > SHOWN_USERS else ""
+                raise UserError(
+                    f"the loss is {loss} at step {self.progress.step - count + place + 1:,} with "
+                    f"users {', '.join(users[:SHOWN_USERS])}{more}: {self.settings.if_nan}"
+                )
+        return losses[-1]
 
     def _validate(self, bar: tqdm) -> None:
         with self.average.applied() if self.average else nullcontext():
@@ -278,7 +306,7 @@ class Trainer:
 
     def _validate_weights(self, bar: tqdm) -> None:
         """Measure the weights, keep them if they are the best, decide whether to stop."""
-        self._last_loss()
+        self._check_losses()
         self.model.eval()
         metrics = self.validate()
         progress, score = self.progress, metrics[self.settings.best_metric]

@@ -24,6 +24,9 @@ def score_users(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Score the candidates of every user in the loader, one forward pass a batch.
 
+    The scores of a user's prompts with other orders of the candidates are averaged, against
+    preferences for letters.
+
     Args:
         accelerator: holds device and processes.
         model: the ranker, in eval mode.
@@ -38,14 +41,17 @@ def score_users(
     model = accelerator.unwrap_model(model)
     quiet = not accelerator.is_main_process
     for batch in tqdm(loader, desc=description, unit="batch", leave=False, disable=quiet):
-        part = (batch["users"], candidate_scores(model, batch, label_ids))
+        by_label = candidate_scores(model, batch, label_ids)
+        part = (batch["users"], torch.empty_like(by_label).scatter_(1, batch["orders"], by_label))
         part = accelerator.gather_for_metrics(part)
         users.append(part[0].cpu())
         scores.append(part[1].cpu())
     if not users:
         return np.empty(0, dtype=np.int64), np.empty((0, len(label_ids)), dtype=np.float32)
-    order = torch.cat(users).argsort()
-    return torch.cat(users)[order].numpy(), torch.cat(scores)[order].numpy()
+    # Logits may be averaged as they are: log-probabilities differ by one number a prompt.
+    found, places, counts = torch.cat(users).unique(return_inverse=True, return_counts=True)
+    sums = torch.zeros(len(found), len(label_ids)).index_add_(0, places, torch.cat(scores))
+    return found.numpy(), (sums / counts[:, None]).numpy()
 
 
 def reranked(candidates: Candidates, users: np.ndarray, scores: np.ndarray) -> Candidates:

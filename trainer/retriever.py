@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -85,3 +86,25 @@ def retrieve(
         answers.astype(np.int32),
         ranks.astype(np.int32),
     )
+
+
+@torch.inference_mode()
+def hard_negatives(model: nn.Module, loader: DataLoader, size: int) -> np.ndarray:
+    """(n, size) int32 what the retriever ranks highest for each training prefix but the answer
+    and what the user has had; 0 where no item is left.
+
+    Args:
+        model: the retriever, in eval mode.
+        loader: batches of ``dataloader.retriever.Prefixes``.
+        size: items for each prefix.
+    """
+    device = next(model.parameters()).device
+    parts = []
+    for batch in tqdm(loader, desc="hard negatives", unit="batch", dynamic_ncols=True):
+        batch = send_to_device(batch, device)
+        scores = model(batch["item_ids"], batch["positions"], batch["longest"], batch["keep"])
+        scores = mask_items(scores, batch, history=True)
+        scores.scatter_(1, batch["answers"][:, None], -torch.inf)
+        best = torch.topk(scores, size)
+        parts.append(torch.where(best.values > -torch.inf, best.indices, 0).int().cpu())
+    return torch.cat(parts).numpy()

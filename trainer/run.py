@@ -35,6 +35,10 @@ _IMMATERIAL = {
     "items",
     "llm_retrieved_path",
     "retrieved_from",
+    # These change the order in which numbers are added up, no more.
+    "gradient_checkpointing",
+    "tokens_per_batch",
+    "lora_micro_batch_size",
     "search",
     "search_weight_decay",
     "search_dropout",
