@@ -240,7 +240,7 @@ class RankerConfig(CommonConfig):
         choices=("auto", "true", "false"),
     )
     tokens_per_batch: int | None = flag(
-        None, "most tokens in memory at once in training; 16384 on CUDA, 4096 on the CPU", positive
+        None, "most tokens in memory at once in training; 16384 on CUDA, 1024 on the CPU", positive
     )
     llm_max_title_len: int = flag(32, "longest title in tokens", positive)
     llm_max_text_len: int = flag(1536, "longest prompt in tokens, oldest history goes", positive)

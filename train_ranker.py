@@ -186,7 +186,7 @@ def train(
     ks = config.rerank_metric_ks
     run_dir = config.run_dir(base.name)
     in_4bit = on_cuda if config.llm_load_in_4bit is None else config.llm_load_in_4bit
-    max_tokens = config.tokens_per_batch or (16_384 if on_cuda else 4_096)
+    max_tokens = config.tokens_per_batch or (16_384 if on_cuda else 1_024)
 
     accelerator = run.make_accelerator(config.device, config.seed)
     details = {

@@ -16,31 +16,19 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import multiprocessing
-import resource
 import statistics
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.memory import in_own_process, peak_mib, rss_mib
 
 BATCH_SIZE = 64
 CATALOGUES = (1_000, 10_000, 100_000, 1_000_000)
 LENGTHS = (10, 30, 100, 300, 1_000)
 USERS = (1_000, 10_000, 100_000, 1_000_000)
-
-
-def _held_mib(peak: bool) -> float:
-    """Memory of this process, now or at most so far."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:  # not Linux: the peak is all there is, in KiB or, on macOS, in bytes
-        unit = 2**20 if sys.platform == "darwin" else 2**10
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    field = "VmHWM:" if peak else "VmRSS:"
-    return int(status.split(field)[1].split()[0]) / 2**10
 
 
 def measure(
@@ -71,7 +59,7 @@ def measure(
         fingerprint="",
     )
     gc.collect()
-    before = _held_mib(peak=False)
+    before = rss_mib()
     torch.manual_seed(0)
     model = LRURec(num_items).to(device)
     windows, histories = TrainingWindows(data, length, 1.0), Histories(data, "test", length)
@@ -119,7 +107,7 @@ def measure(
         "stage": stage,
         "size": size,
         "seconds": round(statistics.median(seconds[1:]), 5),
-        "peak_mib": round(_held_mib(peak=True) - before if held is None else held, 1),
+        "peak_mib": round(peak_mib() - before if held is None else held, 1),
         "scores_mib": round(positions * num_items * 4 / 2**20, 1),
     }
 
@@ -141,9 +129,7 @@ def main() -> None:
     ]  # fmt: skip
     rows = []
     for cell in cells:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            rows.append(pool.submit(measure, *cell, flags.device, flags.steps).result())
+        rows.append(in_own_process(measure, *cell, flags.device, flags.steps))
         print(rows[-1], file=sys.stderr, flush=True)
     print(json.dumps({"benchmark": "scale", "device": flags.device, "rows": rows}))
 

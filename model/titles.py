@@ -75,7 +75,7 @@ def cached_title_encodings(
 
 
 @torch.no_grad()
-def set_item_embeddings(weight: Tensor, encodings: np.ndarray, std: float = 0.02) -> None:
+def set_item_embeddings(weight: Tensor, encodings: np.ndarray, std: float = 0.05) -> None:
     """Begin item embeddings at the principal components of encodings.
 
     The components are turned at random, so that no dimension of the embeddings matters more than

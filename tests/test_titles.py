@@ -72,7 +72,7 @@ def test_item_embeddings_keep_what_the_encodings_say(dim: int):
     set_item_embeddings(weight, encodings)
     assert (weight[0] == 7).all() and (weight[31:] == 7).all()
     items = weight[1:31].double()
-    assert items.std().item() == pytest.approx(0.02, rel=1e-4)
+    assert items.std().item() == pytest.approx(0.05, rel=1e-4)
     centred = torch.from_numpy(encodings[1:] - encodings[1:].mean(0))
     inner, expected = items @ items.T, centred @ centred.T
     if dim < 24:  # the best approximation of that rank
