@@ -4,10 +4,10 @@ PY := $(VENV)/bin/python
 
 # The default run: real data and a pretrained model that come from the package index, short enough
 # for two cores. Its ranker sees 224 prompts.
-RETRIEVER_FLAGS := --dataset_code ml-100k-classic --device cpu --max_steps 3000
+RETRIEVER_FLAGS := --dataset_code ml-100k-classic --device cpu --max_steps 3000 --overwrite true
 RANKER_FLAGS := --llm_retrieved_path experiments/lru/ml-100k-classic --device cpu \
 	--llm_base_model smollm2-135m --llm_max_history 10 --train_batch_size 8 --max_steps 28 \
-	--warmup_steps 4
+	--warmup_steps 4 --overwrite true
 
 .PHONY: run test lint format clean
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
@@ -101,6 +102,10 @@ class CommonConfig:
     experiment_root: str = flag("experiments", "folder of all runs")
     export_root: str | None = flag(None, "folder of this run, instead of one under the root")
     resume: bool = flag(False, "go on from where an interrupted run stopped", boolean)
+    overwrite: bool = flag(False, "replace what an earlier run left in the folder", boolean)
+    save_seconds: float = flag(
+        300.0, "at most this long between two states a run can be resumed from", real
+    )
     use_wandb: bool = flag(False, "log to Weights & Biases as well", boolean)
     num_workers: int = flag(0, "processes that prepare batches beside the training", count)
 
@@ -127,6 +132,8 @@ class CommonConfig:
     early_stopping: bool = flag(True, "stop when validation no longer improves", boolean)
 
     def __post_init__(self) -> None:
+        if self.resume and self.overwrite:
+            raise UserError("--resume true goes on with what --overwrite true replaces: choose one")
         if self.min_uc < 3:
             raise UserError(
                 f"--min_uc {self.min_uc}: a user needs 3 interactions, "
@@ -483,13 +490,26 @@ def check_device(device: str | None) -> None:
         raise UserError("--device cuda: this machine has no CUDA driver; use --device cpu")
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a run as Ctrl-C does."""
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
 def run_main(main: Callable[[Sequence[str] | None], None]) -> None:
-    """Run an entry script: a user's mistake becomes one line on stderr and exit status 2."""
+    """Run an entry script.
+
+    A user's mistake becomes one line on stderr and exit status 2, Ctrl-C and SIGTERM one line and
+    130 or 143.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         main(None)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; add --resume true to go on", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        print("interrupted: the same command with --resume true goes on", file=sys.stderr)
+        sys.exit(143 if isinstance(error, Terminated) else 130)

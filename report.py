@@ -31,7 +31,7 @@ NOT_RECIPE = {
     "seed", "commit", "torch", "fingerprint", "device", "data_root", "cache_root", "llm_cache_dir",
     "experiment_root", "export_root", "interactions", "items", "resume", "use_wandb", "num_workers",
     "llm_retrieved_path", "retrieved_from", "data_fingerprint", "search", "search_weight_decay",
-    "search_dropout", "search_jobs",
+    "search_dropout", "search_jobs", "overwrite", "save_seconds",
 }  # fmt: skip
 
 

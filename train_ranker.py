@@ -35,6 +35,7 @@ from model.hub import (
     load_tokenizer,
 )
 from storage import read_json
+from trainer import folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -124,7 +125,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_title_len=config.llm_max_title_len,
         max_text_len=config.llm_max_text_len,
     )
-    train(config, data, candidates, base, prompts, eos_id, on_cuda)
+    in_4bit = on_cuda if config.llm_load_in_4bit is None else config.llm_load_in_4bit
+    details = {
+        "device": "cuda" if on_cuda else "cpu",
+        "llm_base_model": base.name,
+        "llm_revision": base.revision,
+        "llm_load_in_4bit": in_4bit,
+        "tokens_per_batch": config.tokens_per_batch or (16_384 if on_cuda else 1_024),
+        "data_fingerprint": data.fingerprint,
+    }
+    details["fingerprint"] = folder.fingerprint(
+        config.as_dict() | details, data, *(c.items.tobytes() for c in candidates.values())
+    )
+    details["retrieved_from"] = str(config.retrieved_dir)
+    run_dir = config.run_dir(base.name)
+    folder.check_replaceable(run_dir, OUTPUTS, config)
+    with folder.locked(run_dir):
+        train(config, data, candidates, base, prompts, eos_id, details)
 
 
 def hard_negatives_of(
@@ -149,7 +166,7 @@ def train(
     base: BaseModel,
     prompts: PromptBuilder,
     eos_id: int,
-    on_cuda: bool,
+    details: dict[str, Any],
 ) -> None:
     """Tune, select on validation, evaluate on the test split and write the run's files."""
     # Imported late, so that the mistakes above answer without waiting for torch.
@@ -185,27 +202,12 @@ def train(
 
     ks = config.rerank_metric_ks
     run_dir = config.run_dir(base.name)
-    in_4bit = on_cuda if config.llm_load_in_4bit is None else config.llm_load_in_4bit
-    max_tokens = config.tokens_per_batch or (16_384 if on_cuda else 1_024)
-
-    accelerator = run.make_accelerator(config.device, config.seed)
-    details = {
-        "device": str(accelerator.device),
-        "llm_base_model": base.name,
-        "llm_revision": base.revision,
-        "llm_load_in_4bit": in_4bit,
-        "tokens_per_batch": max_tokens,
-        "retrieved_from": str(config.retrieved_dir),
-        "data_fingerprint": data.fingerprint,
-    }
-    fingerprint = run.fingerprint(
-        config.as_dict() | details, data, *(c.items.tobytes() for c in candidates.values())
-    )
-    details["fingerprint"] = fingerprint
-    if config.resume and run.is_finished(run_dir, OUTPUTS, fingerprint):
+    max_tokens = details["tokens_per_batch"]
+    if config.resume and folder.is_finished(run_dir, OUTPUTS, details["fingerprint"]):
         print(f"{run_dir} is finished, there is nothing to resume")
         print(run.metrics_table({"two stages": read_json(run_dir / "overall_metrics.json")}))
         return
+    accelerator = run.make_accelerator(config.device, config.seed)
     negatives = None
     if config.train_candidates != "random":
         size = config.llm_negative_sample_size
@@ -232,6 +234,7 @@ def train(
         patience=config.lora_early_stopping_patience if config.early_stopping else None,
         best_metric=config.rerank_best_metric,
         max_grad_norm=config.max_grad_norm,
+        save_seconds=config.save_seconds,
         if_nan="start anew with a lower --lora_lr",
         if_memory=f"lower --tokens_per_batch from {max_tokens:,} and go on with --resume true",
     )
@@ -257,7 +260,9 @@ def train(
             f"{config.retrieved_dir}: no user's answer is among the candidates, there is nothing "
             "to rank; train the retriever longer"
         )
-    causal_lm = load_causal_lm(base.folder, device=accelerator.device, in_4bit=in_4bit)
+    causal_lm = load_causal_lm(
+        base.folder, device=accelerator.device, in_4bit=details["llm_load_in_4bit"]
+    )
     vocabulary = causal_lm.get_input_embeddings().num_embeddings
     if prompts.tokenizer.get_vocab_size() > vocabulary:
         raise UserError(
@@ -286,7 +291,7 @@ def train(
         lr=config.lora_lr,
         weight_decay=config.weight_decay,
         epsilon=config.adam_epsilon,
-        paged=on_cuda,
+        paged=details["device"] == "cuda",
     )
     scheduler = build_schedule(
         optimizer,
@@ -337,7 +342,7 @@ def train(
         save_best=save_best,
         settings=settings,
         run_dir=run_dir,
-        fingerprint=fingerprint,
+        fingerprint=details["fingerprint"],
         log=log,
         user_names=data.user_names,
         average=WeightAverage(model, config.ema_decay) if config.ema_decay else None,

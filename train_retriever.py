@@ -16,6 +16,7 @@ from config import RETRIEVER_PRESETS, RetrieverConfig, UserError, check_device, 
 from datasets import SequenceDataset, load_dataset
 from datasets.base import Filters
 from storage import read_json
+from trainer import folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,11 +43,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             f"--num_candidates {config.num_candidates}: {data.code} has {data.num_items} items"
         )
-    encodings = None if config.title_encoder == "none" else title_encodings(config, data)
     if config.search:
-        search(config, sys.argv[1:] if argv is None else argv)
+        # Its runs resume on their own; what is there of an earlier search is gone on with.
+        if not (config.run_dir / folder.SEARCH).exists():
+            folder.check_replaceable(config.run_dir, OUTPUTS, config)
     else:
-        train(config, data, encodings)
+        folder.check_replaceable(config.run_dir, OUTPUTS, config)
+    encodings = None if config.title_encoder == "none" else title_encodings(config, data)
+    with folder.locked(config.run_dir):
+        if config.search:
+            search(config, sys.argv[1:] if argv is None else argv)
+        else:
+            train(config, data, encodings)
 
 
 def title_encodings(config: RetrieverConfig, data: SequenceDataset) -> np.ndarray:
@@ -74,18 +82,25 @@ def search(config: RetrieverConfig, words: Sequence[str]) -> None:
 
     num_gpus = 0 if config.device == "cpu" else cuda.device_count()
     run_dir = config.run_dir
-    points = grid(run_dir / "search", config.search_weight_decay, config.search_dropout)
+    if config.overwrite:
+        folder.clear(run_dir, OUTPUTS)
+    points = grid(run_dir / folder.SEARCH_RUNS, config.search_weight_decay, config.search_dropout)
 
     def command(point: Point) -> list[str]:
         # What comes later on a command line wins.
-        fixed = {"search": "false", "resume": "true", "dataset_code": config.dataset_code}
+        fixed = {
+            "search": "false",
+            "resume": "true",
+            "overwrite": "false",
+            "dataset_code": config.dataset_code,
+        }
         chosen = fixed | point.settings | {"export_root": point.folder}
         flags = [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
         return [sys.executable, __file__, *words, *flags]
 
     run_points(points, command, config.search_jobs or num_gpus or num_cores(), num_gpus)
     best, record = select(points, config.best_metric)
-    publish(best, record, run_dir, ("config.json", "log.jsonl", *OUTPUTS))
+    publish(best, record, run_dir, ("config.json", folder.LOG, *OUTPUTS))
     print(table(record))
     print(f"\n{config.dataset_code}, {config.model_code}, {best.name}")
     print(run.metrics_table({"test": read_json(run_dir / "test_metrics.json")}))
@@ -117,8 +132,8 @@ def train(config: RetrieverConfig, data: SequenceDataset, encodings: np.ndarray 
     from trainer.retriever import catalogue_loss, retrieve
 
     run_dir = config.run_dir
-    fingerprint = run.fingerprint(config.as_dict(), data)
-    if config.resume and run.is_finished(run_dir, OUTPUTS, fingerprint):
+    fingerprint = folder.fingerprint(config.as_dict(), data)
+    if config.resume and folder.is_finished(run_dir, OUTPUTS, fingerprint):
         print(f"{run_dir} is finished, there is nothing to resume")
         print(run.metrics_table({"test": read_json(run_dir / "test_metrics.json")}))
         return
@@ -137,6 +152,7 @@ def train(config: RetrieverConfig, data: SequenceDataset, encodings: np.ndarray 
         patience=config.early_stopping_patience if config.early_stopping else None,
         best_metric=config.best_metric,
         max_grad_norm=config.max_grad_norm,
+        save_seconds=config.save_seconds,
         if_nan="start anew with a lower --lr",
         if_memory="start anew with a lower --train_batch_size",
     )

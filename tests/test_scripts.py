@@ -20,6 +20,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import ROOT, run_script
+from trainer import folder
 
 RANKER_FLAGS = [
     "--device", "cpu", "--max_steps", 4, "--lora_val_iterations", 2, "--train_batch_size", 8,
@@ -167,19 +168,27 @@ def test_same_seed_gives_the_same_bytes(
     assert (other / "candidates.npz").read_bytes() != (retrieved / "candidates.npz").read_bytes()
 
 
-def interrupt(script: str, *flags: object, when: Path) -> None:
-    """Start a script and kill it as soon as the file ``when`` is there."""
+def interrupt(
+    script: str, *flags: object, when: Path, how: signal.Signals = signal.SIGKILL
+) -> tuple[int, str]:
+    """Start a script and signal it once it has written the file ``when``; status and last line."""
+
+    def written() -> int | None:
+        return when.stat().st_mtime_ns if when.exists() else None
+
+    before = written()
     process = subprocess.Popen(
         [sys.executable, str(ROOT / script), *map(str, flags)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     limit = time.monotonic() + 120
-    while not when.exists() and process.poll() is None and time.monotonic() < limit:
+    while written() == before and process.poll() is None and time.monotonic() < limit:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert when.exists(), "the run ended before it could be interrupted"
+    process.send_signal(how)
+    _, errors = process.communicate()
+    assert written() != before, "the run ended before it could be interrupted"
+    return process.returncode, errors.splitlines()[-1]
 
 
 def test_interrupted_retriever_resumes_to_the_same_bytes(toy_flags: list, tmp_path: Path):
@@ -191,30 +200,59 @@ def test_interrupted_retriever_resumes_to_the_same_bytes(toy_flags: list, tmp_pa
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     done = run_script("train_retriever.py", *flags, "--export_root", whole)
     assert done.returncode == 0, done.stderr
-    interrupt(
-        "train_retriever.py",
-        *flags,
-        "--export_root",
-        broken,
-        when=broken / "checkpoint.safetensors",
-    )
+    checkpoint = broken / "checkpoint.safetensors"
+    flags += ["--save_seconds", 0.5, "--export_root"]
+    interrupt("train_retriever.py", *flags, broken, when=checkpoint)
     assert not (broken / "test_metrics.json").exists()
+    for how, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        resumed = [*flags, broken, "--resume", "true"]
+        found = interrupt("train_retriever.py", *resumed, when=checkpoint, how=how)
+        says = "interrupted: the same command with --resume true goes on"
+        assert found == (status, says) and checkpoint.exists()
     before = {path.name: path.read_bytes() for path in broken.iterdir()}
-    other = run_script(
-        "train_retriever.py", *flags, "--lr", 0.1, "--export_root", broken, "--resume", "true"
-    )
+    done = run_script("train_retriever.py", *flags, broken)
+    assert done.returncode == 2 and "--resume true goes on" in done.stderr
+    other = run_script("train_retriever.py", *flags, broken, "--lr", 0.1, "--resume", "true")
     assert other.returncode == 2 and "other flags" in other.stderr
     assert before == {path.name: path.read_bytes() for path in broken.iterdir()}
-    done = run_script("train_retriever.py", *flags, "--export_root", broken, "--resume", "true")
+    done = run_script("train_retriever.py", *flags, broken, "--resume", "true")
     assert done.returncode == 0 and "resuming at step" in done.stdout, done.stderr
     assert names(broken) == RETRIEVER_FILES
     for name in RETRIEVER_FILES:
         if name != "config.json":
             assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
     before = (broken / "config.json").stat().st_mtime_ns
-    done = run_script("train_retriever.py", *flags, "--export_root", broken, "--resume", "true")
+    done = run_script("train_retriever.py", *flags, broken, "--resume", "true")
     assert done.returncode == 0 and "nothing to resume" in done.stdout
     assert (broken / "config.json").stat().st_mtime_ns == before
+    other = run_script("train_retriever.py", *flags, broken, "--lr", 0.1, "--resume", "true")
+    assert other.returncode == 2 and "other flags" in other.stderr
+
+
+def test_earlier_runs_and_runs_at_work_are_left_alone(toy_flags: list, tmp_path: Path):
+    run = tmp_path / "run"
+    flags = [*toy_flags, "--device", "cpu", "--export_root", run, "--max_steps"]
+    assert run_script("train_retriever.py", *flags, 1).returncode == 0
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    done = run_script("train_retriever.py", *flags, 2)
+    assert done.returncode == 2 and "--overwrite true" in done.stderr
+    done = run_script("train_retriever.py", *flags, 2, "--overwrite", "true", "--resume", "true")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    with folder.locked(run):
+        done = run_script("train_retriever.py", *flags, 2, "--overwrite", "true")
+        assert done.returncode == 2 and "in use by another run" in done.stderr
+        assert before == {p.name: p.read_bytes() for p in run.iterdir() if p.name != ".lock"}
+    assert before == {path.name: path.read_bytes() for path in run.iterdir()}
+    done = run_script("train_retriever.py", *flags, 2, "--overwrite", "true")
+    assert done.returncode == 0 and names(run) == RETRIEVER_FILES
+    assert read(run / "config.json")["max_steps"] == 2
+
+
+def test_a_folder_made_for_a_run_that_fails_goes_again(tmp_path: Path):
+    with pytest.raises(ZeroDivisionError), folder.locked(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b" / ".lock").exists()
+        _ = 1 / 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_interrupted_ranker_resumes_to_the_same_bytes(
@@ -288,7 +326,8 @@ def test_optimizer_holds_what_the_flags_say(
     flags = [*toy_flags, "--device", "cpu", "--max_steps", 1, "--export_root", tmp_path / "run"]
     changed = ["--weight_decay", 0.3, "--lr", 3e-4, "--adam_epsilon", 1e-7]
     train_retriever.main([str(flag) for flag in (*flags, *changed)])
-    train_retriever.main([str(flag) for flag in (*flags, "--weight_decay", 0, "--lr", 3e-4)])
+    again = ["--weight_decay", 0, "--lr", 3e-4, "--overwrite", "true"]
+    train_retriever.main([str(flag) for flag in (*flags, *again)])
     decays = [{group["weight_decay"] for group in x.param_groups} for x in held]
     assert decays == [{0.3, 0.0}, {0.0}]
     assert {group["lr"] for x in held for group in x.param_groups} == {3e-4}
@@ -624,6 +663,7 @@ def test_gated_unknown_and_unreachable_models(retrieved: Path, tmp_path: Path):
 
 def test_stale_and_damaged_cache(toy_flags: list, tmp_path: Path):
     flags = [*toy_flags, *RETRIEVER_FLAGS, "--max_steps", 1, "--export_root", tmp_path / "run"]
+    flags += ["--overwrite", "true"]
     flags[flags.index("--cache_root") + 1] = tmp_path / "cache"
     cache = tmp_path / "cache" / "custom.npz"
     cache.parent.mkdir()

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from config import UserError
 from storage import atomic_path
 
-FILE_NAME = "checkpoint.safetensors"
-
 
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """Move the tensors of nested dicts and lists into ``tensors``; return what JSON can hold."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,22 +22,22 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from config import UserError
+from config import Terminated, UserError
 from dataloader.sampler import ShuffledBatches
 from storage import atomic_path
 from trainer.average import WeightAverage
 from trainer.checkpoint import (
-    FILE_NAME,
     load_checkpoint,
     random_state,
     save_checkpoint,
     set_random_state,
     trainable_state,
 )
+from trainer.folder import CHECKPOINT
 
-SAVE_SECONDS = 300.0
 CHECK_STEPS = 10
 SHOWN_USERS = 8
+DEFERRED = (signal.SIGINT, signal.SIGTERM)
 Metrics = dict[str, float]
 
 
@@ -50,6 +52,7 @@ class LoopSettings:
         patience: validations without a gain before stopping; never if None.
         best_metric: the validation metric that selects the weights.
         max_grad_norm: gradients are clipped to this norm; never if 0.
+        save_seconds: at most this long between two checkpoints.
         if_nan: what the user can do about a loss that is no number.
         if_memory: what the user can do when the GPU's memory is full.
     """
@@ -60,6 +63,7 @@ class LoopSettings:
     patience: int | None
     best_metric: str
     max_grad_norm: float
+    save_seconds: float
     if_nan: str
     if_memory: str
 
@@ -71,10 +75,26 @@ class Progress:
     step: int = 0
     epoch: int = 0
     batch: int = 0
+    validated_step: int = 0
     best: float = -math.inf
     best_step: int = 0
     rounds_without_gain: int = 0
     done: bool = False
+
+
+@contextmanager
+def deferred_signals() -> Iterator[list[int]]:
+    """Let Ctrl-C and SIGTERM wait for the end of the block; yields those that came."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield came  # no other thread gets signals
+        return
+    usual = {n: signal.signal(n, lambda n, _: came.append(n)) for n in DEFERRED}
+    try:
+        yield came
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 class RunLog:
@@ -202,7 +222,7 @@ class Trainer:
         self.loader, self.sampler = loader, sampler
         self.loss, self.validate, self.save_best = loss, validate, save_best
         self.settings, self.log, self.average = settings, log, average
-        self.checkpoint, self.fingerprint = run_dir / FILE_NAME, fingerprint
+        self.checkpoint, self.fingerprint = run_dir / CHECKPOINT, fingerprint
         self.progress = Progress()
         self.losses: list[Tensor] = []  # since the last validation
         self.user_names = user_names
@@ -218,50 +238,61 @@ class Trainer:
         """
         if resume:
             self._load()
-        if not self.progress.done:
-            with tqdm(
-                total=self.total,
-                initial=self.progress.step,
-                desc="train",
-                unit="step",
-                disable=not self.accelerator.is_main_process,
-                dynamic_ncols=True,
-            ) as bar:
-                try:
-                    while not self.progress.done:
-                        self._epoch(bar)
-                except torch.OutOfMemoryError as error:
-                    raise UserError(
-                        f"the GPU's memory is full at step {self.progress.step + 1:,}: "
-                        f"{self.settings.if_memory}"
-                    ) from error
+        with tqdm(
+            total=self.total,
+            initial=self.progress.step,
+            desc="train",
+            unit="step",
+            disable=self.progress.done or not self.accelerator.is_main_process,
+            dynamic_ncols=True,
+        ) as bar:
+            try:
+                self._train(bar)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"the GPU's memory is full at step {self.progress.step + 1:,}: "
+                    f"{self.settings.if_memory}"
+                ) from error
         return self.progress
 
-    def _epoch(self, bar: tqdm) -> None:
-        """Train to the end of the epoch, or to the end of the run."""
-        every = self.settings.val_steps
-        self.sampler.seek(self.progress.epoch, self.progress.batch)
-        for batch in self.loader:
-            self.recent.append([user for micro_batch in batch for user in micro_batch["users"]])
-            self.losses.append(self._step(batch))
-            step = self.progress.step + 1
-            self.progress = replace(self.progress, step=step, batch=self.progress.batch + 1)
+    def _train(self, bar: tqdm) -> None:
+        """Steps and validations until the run is done."""
+        batches = self._batches()
+        while not self.progress.done:
+            if self._validation_is_due():
+                self._save()  # an interruption of the validation loses nothing
+                self._validate(bar)
+                self._save()
+                continue
+            batch = next(batches, None)
+            if batch is None:
+                self.progress = replace(self.progress, epoch=self.progress.epoch + 1, batch=0)
+                batches = self._batches()
+                continue
+            with deferred_signals() as signals:
+                self.recent.append([user for part in batch for user in part["users"]])
+                self.losses.append(self._step(batch))
+                step = self.progress.step + 1
+                self.progress = replace(self.progress, step=step, batch=self.progress.batch + 1)
             bar.update()
             if step % CHECK_STEPS == 0:
                 bar.set_postfix_str(f"loss {self._check_losses():.4f}")
-            if step == self.total or (every and step % every == 0):
-                self._validate(bar)
+            if signals or time.monotonic() - self.saved_at > self.settings.save_seconds:
                 self._save()
-            elif time.monotonic() - self.saved_at > SAVE_SECONDS:
-                self._check_losses()
-                self._save()
-            if self.progress.done:
-                return
-        if every is None:
-            self._validate(bar)
-        self.progress = replace(self.progress, epoch=self.progress.epoch + 1, batch=0)
-        if every is None:
-            self._save()
+            if signals:
+                raise Terminated if signals[0] == signal.SIGTERM else KeyboardInterrupt
+
+    def _batches(self) -> Iterator[list[dict[str, Any]]]:
+        """The batches of the epoch that are left."""
+        self.sampler.seek(self.progress.epoch, self.progress.batch)
+        return iter(self.loader)
+
+    def _validation_is_due(self) -> bool:
+        progress, every = self.progress, self.settings.val_steps
+        if progress.step in (0, progress.validated_step):
+            return False
+        due = progress.batch == len(self.loader) if every is None else progress.step % every == 0
+        return due or progress.step == self.total
 
     def _step(self, batch: list[dict[str, Any]]) -> Tensor:
         """One optimizer step; returns the batch's mean loss."""
@@ -289,6 +320,8 @@ class Trainer:
             UserError: a loss is no number.
         """
         count = min(len(self.recent), len(self.losses))
+        if not count:  # resumed: what was saved was looked at before
+            return self.losses[-1].item()
         losses = torch.stack(self.losses[-count:]).tolist()
         for place, loss in enumerate(losses):
             if not math.isfinite(loss):
@@ -309,7 +342,8 @@ class Trainer:
         self._check_losses()
         self.model.eval()
         metrics = self.validate()
-        progress, score = self.progress, metrics[self.settings.best_metric]
+        progress = replace(self.progress, validated_step=self.progress.step)
+        score = metrics[self.settings.best_metric]
         if score > progress.best:
             progress = replace(progress, best=score, best_step=progress.step, rounds_without_gain=0)
             self.save_best()
@@ -333,6 +367,8 @@ class Trainer:
             )
 
     def _save(self) -> None:
+        if self.losses:
+            self._check_losses()  # who resumes from weights that are no numbers has no use of it
         self.saved_at = time.monotonic()
         if not self.accelerator.is_main_process:
             return

@@ -1,10 +1,7 @@
-"""What every run does around its training: device, folder, fingerprint, tracking."""
+"""What every run does around its training: device, opening and closing its folder, tracking."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,35 +12,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from config import CommonConfig, UserError
-from datasets import SequenceDataset
-from storage import read_json, write_json
-from trainer.checkpoint import FILE_NAME as CHECKPOINT
+from storage import write_json
+from trainer.folder import CHECKPOINT, LOG, clear
 from trainer.loop import RunLog
 
 PROJECT = "llamarec"
-# What does not change a run's results, and so may differ when it is resumed.
-_IMMATERIAL = {
-    "resume",
-    "data_root",
-    "cache_root",
-    "llm_cache_dir",
-    "experiment_root",
-    "export_root",
-    "use_wandb",
-    "num_workers",
-    "interactions",
-    "items",
-    "llm_retrieved_path",
-    "retrieved_from",
-    # These change the order in which numbers are added up, no more.
-    "gradient_checkpointing",
-    "tokens_per_batch",
-    "lora_micro_batch_size",
-    "search",
-    "search_weight_decay",
-    "search_dropout",
-    "search_jobs",
-}
 
 
 def make_accelerator(device: str | None, seed: int) -> Accelerator:
@@ -60,15 +33,6 @@ def make_accelerator(device: str | None, seed: int) -> Accelerator:
     return accelerator
 
 
-def fingerprint(settings: dict[str, Any], data: SequenceDataset, *inputs: bytes) -> str:
-    """Hash of the settings, data and other inputs that shape a run's results."""
-    shaping = {name: value for name, value in settings.items() if name not in _IMMATERIAL}
-    digest = hashlib.sha256(json.dumps([shaping, data.fingerprint]).encode())
-    for value in inputs:
-        digest.update(value)
-    return digest.hexdigest()
-
-
 def _commit() -> str | None:
     """The code's git commit, where there is one to be found."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -79,22 +43,6 @@ def _commit() -> str | None:
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
-def is_finished(run_dir: Path, outputs: Sequence[str], fingerprint: str) -> bool:
-    """Whether the folder holds all of this run's outputs and no checkpoint to go on from.
-
-    Raises:
-        UserError: it holds those of a run with another fingerprint.
-    """
-    if (run_dir / CHECKPOINT).exists() or not all((run_dir / name).exists() for name in outputs):
-        return False
-    if read_json(run_dir / "config.json").get("fingerprint") != fingerprint:
-        raise UserError(
-            f"{run_dir} holds a finished run with other flags or data: resume with the flags in "
-            "its config.json, name another --export_root, or start anew without --resume"
-        )
-    return True
-
-
 def open_run(
     run_dir: Path,
     config: CommonConfig,
@@ -103,9 +51,6 @@ def open_run(
     accelerator: Accelerator,
 ) -> RunLog:
     """Make the run's folder ready and, unless it is resumed, write its ``config.json``.
-
-    A new run first takes away what an earlier one left there, so that a folder never holds the
-    results of two.
 
     Args:
         run_dir: the folder.
@@ -118,9 +63,7 @@ def open_run(
     if accelerator.is_main_process:
         resumed = config.resume and (run_dir / CHECKPOINT).exists()
         if not resumed:
-            for name in (CHECKPOINT, "log.jsonl", *outputs):
-                path = run_dir / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            clear(run_dir, outputs)
             versions = {"torch": torch.__version__, "commit": _commit()}
             write_json(run_dir / "config.json", config.as_dict() | details | versions)
         if config.use_wandb:
@@ -133,7 +76,7 @@ def open_run(
                 dir=str(run_dir),
             )
     accelerator.wait_for_everyone()
-    return RunLog(run_dir / "log.jsonl", tracker)
+    return RunLog(run_dir / LOG, tracker)
 
 
 def close_run(run_dir: Path, log: RunLog, summary: dict[str, Any]) -> None:
