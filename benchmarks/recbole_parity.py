@@ -107,17 +107,19 @@ def compare(name: str, data: SequenceDataset) -> dict:
     lengths = batch["positions"][batch["keep"]] + 1
     padded = torch.zeros(NUM_USERS, MAX_LEN, dtype=torch.int64)
     rows = torch.repeat_interleave(torch.arange(NUM_USERS), lengths)
-    padded[rows, batch["positions"]] = batch["item_ids"]
+    places = batch["positions"] + MAX_LEN - lengths[rows]  # padded on the left: our positions
+    padded[rows, places] = batch["item_ids"]
+    full = torch.full_like(lengths, MAX_LEN)
 
     jagged = (batch["item_ids"], batch["positions"], batch["longest"], batch["keep"])
     scores = ours(*jagged)
-    expected = theirs.full_sort_predict({"item_list": padded, "item_length": lengths})
+    expected = theirs.full_sort_predict({"item_list": padded, "item_length": full})
     loss = ours(
         *jagged,
         lambda x, weight, bias: linear_cross_entropy(x, weight, bias, labels=batch["answers"]),
     )
     expected_loss = theirs.calculate_loss(
-        {"item_list": padded, "item_length": lengths, "item": batch["answers"]}
+        {"item_list": padded, "item_length": full, "item": batch["answers"]}
     )
     loss.backward()
     expected_loss.backward()

@@ -45,6 +45,22 @@ class Rows(NamedTuple):
     filled: Tensor | None
 
 
+def positions_from_end(item_ids: Tensor, positions: Tensor, max_len: int) -> Tensor:
+    """(N,) positions as in sequences padded to ``max_len`` on the left: the last one's is the same.
+
+    So a learned position says how far an item lies from the end, as in the published models. The
+    start token, a sequence of its own, gets 0.
+
+    Args:
+        item_ids: (N,) items, 0 for the start token.
+        positions: (N,) index of each position within its sequence.
+        max_len: longest sequence.
+    """
+    sequence = (positions == 0).cumsum(0) - 1
+    lengths = torch.bincount(sequence)
+    return torch.where(item_ids == 0, 0, positions + max_len - lengths[sequence])
+
+
 def jagged_rows(positions: Tensor, longest: int, *, filled: bool) -> Rows:
     """Lay the sequences of a jagged batch out in rows.
 

@@ -10,12 +10,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.layers import Dropout, TransformerBlock, jagged_rows, truncated_normal_
+from model.layers import (
+    Dropout,
+    TransformerBlock,
+    jagged_rows,
+    positions_from_end,
+    truncated_normal_,
+)
 from model.losses import Output
 
 
 class TransformerRec(nn.Module):
-    """Transformer over a catalogue of V items with learned positions and tied output.
+    """Transformer over a catalogue of V items; learned positions from the end, tied output.
 
     Args:
         num_items: V.
@@ -76,7 +82,8 @@ class TransformerRec(nn.Module):
             else ``output`` returns.
         """
         rows = jagged_rows(positions, longest, filled=not self.causal)
-        x = self.embedding(item_ids) + self.position_embedding(positions)
+        places = positions_from_end(item_ids, positions, self.position_embedding.num_embeddings)
+        x = self.embedding(item_ids) + self.position_embedding(places)
         x = self.dropout(self.layer_norm(x))
         for block in self.blocks:
             x = block(x, rows)

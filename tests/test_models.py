@@ -66,9 +66,10 @@ def padded_lru(model: LRURec, item_ids: torch.Tensor) -> torch.Tensor:
 def padded_transformer(model: TransformerRec, item_ids: torch.Tensor) -> torch.Tensor:
     """SASRec or BERT4Rec on left-padded sequences (B, L), attention written out."""
     real = item_ids > 0
-    place = (real.cumsum(1) - 1).clamp(min=0)  # padding predicts a first item, as position 0
-    x = model.layer_norm(model.embedding(item_ids) + model.position_embedding(place))
     length = item_ids.shape[1]
+    last = model.position_embedding.num_embeddings
+    place = torch.where(real, torch.arange(last - length, last), 0)  # padding has the first place
+    x = model.layer_norm(model.embedding(item_ids) + model.position_embedding(place))
     allowed = real[:, None, :].expand(-1, length, -1)
     if model.causal:
         allowed = allowed & torch.ones(length, length).tril().bool()
