@@ -107,19 +107,21 @@ def compare(name: str, data: SequenceDataset) -> dict:
     lengths = batch["positions"][batch["keep"]] + 1
     padded = torch.zeros(NUM_USERS, MAX_LEN, dtype=torch.int64)
     rows = torch.repeat_interleave(torch.arange(NUM_USERS), lengths)
-    places = batch["positions"] + MAX_LEN - lengths[rows]  # padded on the left: our positions
-    padded[rows, places] = batch["item_ids"]
-    full = torch.full_like(lengths, MAX_LEN)
+    if name == "SASRec":  # padded on the left, where its positions are ours
+        padded[rows, batch["positions"] + MAX_LEN - lengths[rows]] = batch["item_ids"]
+        lengths = torch.full_like(lengths, MAX_LEN)
+    else:
+        padded[rows, batch["positions"]] = batch["item_ids"]
 
     jagged = (batch["item_ids"], batch["positions"], batch["longest"], batch["keep"])
     scores = ours(*jagged)
-    expected = theirs.full_sort_predict({"item_list": padded, "item_length": full})
+    expected = theirs.full_sort_predict({"item_list": padded, "item_length": lengths})
     loss = ours(
         *jagged,
         lambda x, weight, bias: linear_cross_entropy(x, weight, bias, labels=batch["answers"]),
     )
     expected_loss = theirs.calculate_loss(
-        {"item_list": padded, "item_length": full, "item": batch["answers"]}
+        {"item_list": padded, "item_length": lengths, "item": batch["answers"]}
     )
     loss.backward()
     expected_loss.backward()
