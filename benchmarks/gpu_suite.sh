@@ -1,0 +1,94 @@
+#!/bin/sh
+# Everything in RESULTS.md that needs a GPU, in one run that can be stopped and started again: a step
+# that is done is skipped, a training goes on where it was. Results come to lie under $OUT.
+#
+#   DATA_ROOT=data RETRIEVERS=experiments TOKENIZER=path/to/llama-2 sh benchmarks/gpu_suite.sh
+#
+# RETRIEVERS holds the candidates: runs of train_retriever.py as lru/<data set>; they are trained
+# here where they are missing. TOKENIZER is Llama 2's, whose weights are made up (the true shape);
+# without it the 7B rows are left out. DEVICE=cpu SMALL=true tries all steps in minutes without a GPU.
+set -eu
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python}
+DEVICE=${DEVICE:-cuda}
+SMALL=${SMALL:-false}
+DATA_ROOT=${DATA_ROOT:-data}
+CACHE_ROOT=${CACHE_ROOT:-data/cache}
+OUT=${OUT:-experiments/gpu_suite}
+RETRIEVERS=${RETRIEVERS:-$OUT/experiments}
+TOKENIZER=${TOKENIZER:-}
+DATASETS=${DATASETS:-ml-100k beauty games}
+mkdir -p "$OUT"
+
+models=smollm2-135m
+large=
+if [ -n "$TOKENIZER" ]; then
+    models="smollm2-135m llama-2-7b"
+    large="--tokenizer $TOKENIZER"
+fi
+where="--data_root $DATA_ROOT --cache_root $CACHE_ROOT --device $DEVICE"
+train="--batch_size 16 --rounds 10"
+users="--users 5"
+retriever="--preset tuned"
+ranker="--lora_val_iterations 1000"
+scale="--steps 10"
+if [ "$SMALL" = true ]; then
+    train="--batch_size 2 --rounds 1"
+    users="--users 1 --title_tokens 2"
+    retriever="--max_steps 200 --val_iterations 100"
+    ranker="--max_steps 2 --lora_val_iterations 2 --train_batch_size 2 --llm_max_history 3"
+    scale="--steps 1 --largest 1000"
+fi
+
+# step NAME COMMAND...: run once; its last line of output is kept as NAME.json
+step() {
+    name=$1
+    shift
+    if [ -e "$OUT/$name.json" ]; then
+        echo "$name: done before"
+        return
+    fi
+    echo "$name: $*"
+    "$@" > "$OUT/$name.out"
+    tail -n 1 "$OUT/$name.out" > "$OUT/$name.tmp"
+    mv "$OUT/$name.tmp" "$OUT/$name.json"
+}
+
+# finished once its metrics are there; a run that was stopped goes on
+run() {
+    folder=$1
+    shift
+    if [ -e "$folder/overall_metrics.json" ] || [ -e "$folder/test_metrics.json" ]; then
+        echo "$folder: done before"
+        return
+    fi
+    echo "$folder: $*"
+    "$@" --export_root "$folder" --resume true
+}
+
+# shellcheck disable=SC2086  # words are meant to be split
+{
+    step ranker_train $PYTHON benchmarks/ranker_train.py $where --models $models $large \
+        --datasets $DATASETS $train
+    step ranker_inference $PYTHON benchmarks/ranker_inference.py $where --models $models $large \
+        $users --figure "$OUT/ranker_inference.png"
+    step scale $PYTHON benchmarks/scale.py --device "$DEVICE" $scale
+    for code in $DATASETS; do
+        run "$RETRIEVERS/lru/$code" $PYTHON train_retriever.py --dataset_code "$code" $where \
+            $retriever
+    done
+    for code in $DATASETS; do
+        rank="$PYTHON train_ranker.py --llm_retrieved_path $RETRIEVERS/lru/$code $where \
+            --llm_base_model smollm2-135m --llm_load_in_4bit false $ranker"
+        run "$OUT/smollm2-135m/$code" $rank
+        run "$OUT/smollm2-135m-mixed/$code" $rank --train_candidates mixed
+        run "$OUT/smollm2-135m-letters/$code" $rank --train_candidates mixed \
+            --response_loss letters
+    done
+    $PYTHON report.py --experiment_root "$OUT"
+    for code in $DATASETS; do
+        for kind in smollm2-135m smollm2-135m-mixed smollm2-135m-letters; do
+            $PYTHON report.py --compare "$RETRIEVERS/lru/$code" "$OUT/$kind/$code"
+        done
+    done
+}
