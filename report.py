@@ -43,12 +43,14 @@ class Run(NamedTuple):
         settings: its ``config.json``.
         ranks: (num_users,) rank of every user's answer in the test split.
         retrieved: (num_users,) whose answers are among the candidates.
+        fused: the same with both stages' scores fused, if this is a ranker's run.
     """
 
     folder: Path
     settings: dict[str, Any]
     ranks: np.ndarray
     retrieved: np.ndarray
+    fused: Run | None = None
 
     @property
     def dataset(self) -> str:
@@ -68,7 +70,8 @@ class Run(NamedTuple):
     def name(self) -> str:
         """Model and preset."""
         if self.column == RANKER:
-            return f"{RANKER}, {self.settings['llm_base_model']}"
+            fused = ", fused scores" if self.settings.get("fused") else ""
+            return f"{RANKER}, {self.settings['llm_base_model']}{fused}"
         return f"{self.column}, {self.settings.get('preset', 'paper')}"
 
 
@@ -101,25 +104,30 @@ def read_run(folder: Path) -> Run | None:
     try:
         if (folder / "overall_metrics.json").exists():
             with np.load(folder / "rankings.npz", allow_pickle=False) as file:
-                ranks = file["label_ranks"]
+                ranks, fused_ranks = file["label_ranks"], file["fused_label_ranks"]
                 retrieved = np.zeros(len(ranks), dtype=bool)
                 retrieved[file["users"]] = True
         elif (folder / "test_metrics.json").exists():
             with np.load(folder / "candidates.npz", allow_pickle=False) as file:
-                ranks = file["test_label_ranks"]
+                ranks, fused_ranks = file["test_label_ranks"], None
                 retrieved = (file["test_items"] == file["test_labels"][:, None]).any(axis=1)
         else:
             return None
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder} is damaged: {error}") from error
-    return Run(folder, read_json(folder / "config.json"), ranks, retrieved)
+    settings = read_json(folder / "config.json")
+    fused = None
+    if fused_ranks is not None:
+        fused = Run(folder, settings | {"fused": True}, fused_ranks, retrieved)
+    return Run(folder, settings, ranks, retrieved, fused)
 
 
 def find_runs(root: Path) -> list[Run]:
     """All finished runs below a folder, but for the single points of a grid search."""
     folders = sorted(path.parent for path in root.rglob("config.json"))
     folders = [folder for folder in folders if "search" not in folder.relative_to(root).parts]
-    return [run for run in map(read_run, folders) if run is not None]
+    runs = [run for run in map(read_run, folders) if run is not None]
+    return runs + [run.fused for run in runs if run.fused is not None]
 
 
 def find_recipes(runs: Sequence[Run]) -> dict[str, list[Recipe]]:
@@ -288,6 +296,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--experiment_root", default="experiments")
     parser.add_argument("--compare", nargs=2, metavar="RUN", help="two run folders")
+    parser.add_argument(
+        "--fused", action="store_true", help="compare rankers by their fused scores"
+    )
     parser.add_argument("--metric", default="NDCG@10", help="metric to compare (default: NDCG@10)")
     flags = parser.parse_args(argv)
     if flags.compare:
@@ -296,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             run = read_run(Path(name))
             if run is None:
                 raise UserError(f"--compare {name}: no finished run there")
-            pair.append(run)
+            pair.append(run.fused if flags.fused and run.fused else run)
         print(compare(*pair, flags.metric))
         return
     root = Path(flags.experiment_root)

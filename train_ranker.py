@@ -362,13 +362,13 @@ def train(
         candidates["test"], users, fused_scores(candidates["test"], users, scores, weight)
     )
     ranks = two_stage_ranks(candidates["test"], users, ranked)
+    fused_ranks = two_stage_ranks(candidates["test"], users, fused)
     retrieved = candidates["test"].label_ranks
     metrics = {
         "subset": ranking_metrics(ranked.label_ranks, ks),
         "retrieval": ranking_metrics(retrieved, ks),
         "overall": ranking_metrics(ranks, ks),
-        "fused": ranking_metrics(two_stage_ranks(candidates["test"], users, fused), ks)
-        | {"weight": weight},
+        "fused": ranking_metrics(fused_ranks, ks) | {"weight": weight},
     }
     if accelerator.is_main_process:
         with atomic_path(run_dir / "rankings.npz") as temporary, open(temporary, "wb") as file:
@@ -379,6 +379,7 @@ def train(
                 scores=ranked.scores,
                 labels=candidates["test"].labels,
                 label_ranks=ranks,
+                fused_label_ranks=fused_ranks,
             )
         for name, values in metrics.items():
             write_json(run_dir / f"{name}_metrics.json", values)

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from benchmarks.language_models import NAMES, Setup, prepare
@@ -39,13 +40,13 @@ NUM_CANDIDATES, NUM_HISTORY, NUM_TITLES = 20, 10, 200
 WORDS = ("the", "story", "of", "a", "long", "night", "river", "city", "garden", "winter", "king")
 
 
-def make_titles(setup: Setup, length: int) -> list[str]:
+def make_titles(tokenizer: Tokenizer, length: int) -> list[str]:
     """Titles of about ``length`` tokens each; titles[0] belongs to no item."""
     rng = np.random.default_rng(length)
     titles = [""]
     while len(titles) <= NUM_TITLES:
         words: list[str] = []
-        while len(setup.tokenizer.encode(" ".join(words), add_special_tokens=False).ids) < length:
+        while len(tokenizer.encode(" ".join(words), add_special_tokens=False).ids) < length:
             words.append(str(rng.choice(WORDS)))
         titles.append(" ".join(words))
     return titles
@@ -56,9 +57,10 @@ def rankers(
 ) -> tuple[Callable[[int], None], Callable[[int], None], float]:
     """Functions that rank one user's candidates by writing and by scoring, and tokens written."""
     config = RankerConfig(dataset_code="ml-100k")
+    tokenizer, eos_id = setup.tokenizer, setup.eos_id
     prompts = PromptBuilder(
-        setup.tokenizer,
-        make_titles(setup, length),
+        tokenizer,
+        make_titles(tokenizer, length),
         instruction=config.llm_system_template,
         input_template=config.llm_input_template,
         num_candidates=NUM_CANDIDATES,
@@ -70,9 +72,9 @@ def rankers(
     def user(number: int) -> tuple[dict, int]:
         items = 1 + np.random.default_rng(number).permutation(NUM_TITLES)
         history, candidates = items[:NUM_HISTORY], items[NUM_HISTORY:][:NUM_CANDIDATES]
-        batch = pad_left([prompts.encode(history, candidates)], setup.eos_id)
+        batch = pad_left([prompts.encode(history, candidates)], eos_id)
         response = "\n".join(prompts.titles[item] for item in candidates)
-        tokens = len(setup.tokenizer.encode(response, add_special_tokens=False).ids)
+        tokens = len(tokenizer.encode(response, add_special_tokens=False).ids)
         return {name: x.to(device) for name, x in batch.items()}, tokens
 
     def write(number: int) -> None:
@@ -83,7 +85,7 @@ def rankers(
             do_sample=False,
             min_new_tokens=tokens,
             max_new_tokens=tokens,
-            pad_token_id=setup.eos_id,
+            pad_token_id=eos_id,
         )
 
     def score(number: int) -> None:

@@ -76,6 +76,7 @@ def steps(
 ) -> Callable[[list[int]], int]:
     """A function that does one optimizer step on the examples given; returns their tokens."""
     prompts = prompt_builder(setup, data)
+    tokenizer, eos_id = prompts.tokenizer, setup.eos_id
     examples = TrainingPrompts(
         data,
         prompts,
@@ -83,7 +84,7 @@ def steps(
         max_history=20,
         max_rows=batch_size,
         max_tokens=setup.max_tokens,
-        eos_id=setup.eos_id,
+        eos_id=eos_id,
         on_inputs=False,
         seed=0,
     )
@@ -107,9 +108,9 @@ def steps(
         for number in numbers:
             history, candidates, place = examples.example(number)
             text = prompts.text(history, candidates)
-            response = [prompts.label_ids[place], setup.eos_id]
-            sequences.append(np.array([*setup.tokenizer.encode(text).ids, *response]))
-        batch = on_device(pad_left(sequences, setup.eos_id))
+            response = [prompts.label_ids[place], eos_id]
+            sequences.append(np.array([*tokenizer.encode(text).ids, *response]))
+        batch = on_device(pad_left(sequences, eos_id))
         labels = torch.full_like(batch["input_ids"], -100)
         labels[:, -2:] = batch["input_ids"][:, -2:]
         model(**batch, labels=labels, use_cache=False).loss.backward()

@@ -142,7 +142,7 @@ def amazon_titles(path: Path) -> dict[str, str]:
                     titles[str(record["asin"]).strip()] = title
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (SyntaxError, ValueError, AttributeError, KeyError) as error:
+    except (SyntaxError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         if isinstance(error, UnicodeDecodeError):
             raise UserError(f"{path} is not UTF-8 text after line {number}") from error
         raise UserError(f"{path} row {number}: no record with asin and title") from error

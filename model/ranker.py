@@ -13,9 +13,11 @@ from pathlib import Path
 import psutil
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from config import UserError
+from model.layers import Dropout
 
 PROBE_TOKENS = 64
 MEMORY_SHARE = 0.8  # of what is free; the rest is for gradients, temporaries and fragmentation
@@ -138,7 +140,7 @@ def add_lora(
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, adapters)
+        model = get_peft_model(model, adapters)
     except ValueError as error:
         names = {
             name.rsplit(".", 1)[-1] for name, m in model.named_modules() if not [*m.children()]
@@ -147,3 +149,8 @@ def add_lora(
             f"--lora_target_modules {' '.join(target_modules)}: not all in this model, which has "
             + ", ".join(sorted(names))
         ) from error
+    for module in model.modules():
+        for name in getattr(module, "lora_dropout", ()):
+            if isinstance(module.lora_dropout[name], nn.Dropout):
+                module.lora_dropout[name] = Dropout(dropout)
+    return model

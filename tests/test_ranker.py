@@ -189,8 +189,28 @@ def test_loss_equals_stock_and_micro_batches_change_nothing(
         assert split.item() == pytest.approx(total / count, rel=1e-5)
 
 
+def stock_scores(
+    model: torch.nn.Module, sequences: list[np.ndarray], label_ids: torch.Tensor, side: str
+) -> torch.Tensor:
+    """The labels' logits as stock transformers computes them for a padded batch."""
+    longest = max(map(len, sequences))
+    ids = torch.ones(len(sequences), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        start = longest - len(sequence) if side == "left" else 0
+        ids[row, start : start + len(sequence)] = torch.from_numpy(sequence)
+        mask[row, start : start + len(sequence)] = 1
+    last = mask.cumsum(1).argmax(1)
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=places).logits
+    return logits[torch.arange(len(ids)), last][:, label_ids]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("batch_size", [1, 16])
-def test_scores_equal_full_logits(prompts: PromptBuilder, tiny_llama: Path, batch_size: int):
+def test_scores_equal_full_logits(
+    prompts: PromptBuilder, tiny_llama: Path, batch_size: int, side: str
+):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     rng = np.random.default_rng(0)
     sequences = [
@@ -198,16 +218,10 @@ def test_scores_equal_full_logits(prompts: PromptBuilder, tiny_llama: Path, batc
         for _ in range(16)
     ]
     label_ids = torch.from_numpy(prompts.label_ids)
+    batches = [sequences[i : i + batch_size] for i in range(0, 16, batch_size)]
     with torch.no_grad():
-        stock = torch.cat(
-            [model(torch.from_numpy(x)[None]).logits[:, -1, label_ids] for x in sequences]
-        )
-        ours = torch.cat(
-            [
-                candidate_scores(model, pad_left(sequences[i : i + batch_size], 1), label_ids)
-                for i in range(0, 16, batch_size)
-            ]
-        )
+        stock = torch.cat([stock_scores(model, x, label_ids, side) for x in batches])
+        ours = torch.cat([candidate_scores(model, pad_left(x, 1), label_ids) for x in batches])
     torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5)
 
 

@@ -60,6 +60,23 @@ def test_runs_of_one_recipe_are_averaged_over_seeds(retrieved: Path):
     assert recall == f"{np.mean(means):.4f}" and spread == f"{np.std(means, ddof=1):.4f}"
 
 
+def test_rankers_and_their_fused_scores_are_two_recipes(retrieved: Path, tmp_path: Path):
+    folder = tmp_path / "tiny" / "custom"
+    folder.mkdir(parents=True)
+    settings = {"dataset_code": "custom", "llm_base_model": "tiny", "data_fingerprint": "x"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "overall_metrics.json").write_text("{}")
+    ranks = np.arange(1, 11)
+    np.savez(
+        folder / "rankings.npz", users=np.arange(5), label_ranks=ranks, fused_label_ranks=ranks + 1
+    )
+    ((_, (alone, fused)),) = report.find_recipes(report.find_runs(tmp_path)).items()
+    assert (alone.name, fused.name) == ("LlamaRec, tiny", "LlamaRec, tiny, fused scores")
+    assert (fused.runs[0].ranks == ranks + 1).all() and fused.runs[0].retrieved.sum() == 5
+    pair = ["--compare", folder, folder, "--metric", "MRR@10"]
+    assert "+0.0000" in run_script("report.py", *pair).stdout
+
+
 def test_comparison_finds_a_difference_and_no_difference(retrieved: Path):
     first = report.read_run(retrieved)
     better = first._replace(ranks=np.maximum(first.ranks // 2, 1))
