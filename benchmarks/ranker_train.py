@@ -39,6 +39,7 @@ from dataloader.prompt import PromptBuilder
 from dataloader.ranker import TrainingPrompts, pad_left
 from datasets import SequenceDataset, load_dataset
 from datasets.base import Filters
+from model.layers import Dropout
 from model.ranker import add_lora, load_causal_lm, needs_checkpointing
 from model.verbalizer import response_loss
 from trainer.loop import build_optimizer
@@ -90,6 +91,10 @@ def steps(
     )
     torch.manual_seed(0)
     model = build(setup, device, checkpointing=True if which == "published" else None)
+    if which == "published":
+        for module in model.modules():
+            if isinstance(module, Dropout):
+                module.__class__ = torch.nn.Dropout
     model.train()
     optimizer = build_optimizer(
         model, "AdamW", lr=1e-4, weight_decay=0.0, epsilon=1e-8, paged=device.type == "cuda"

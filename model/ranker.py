@@ -58,6 +58,11 @@ def load_causal_lm(folder: Path, *, device: torch.device, in_4bit: bool) -> PreT
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    # The output layer reads the last positions, a slice. From what is not contiguous torch would
+    # make a product by prompt, with a copy of all the frozen weights for each.
+    model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, inputs: (inputs[0].contiguous(),)
+    )
     return model
 
 
