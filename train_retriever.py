@@ -43,12 +43,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             f"--num_candidates {config.num_candidates}: {data.code} has {data.num_items} items"
         )
-    if config.search:
-        # Its runs resume on their own; what is there of an earlier search is gone on with.
-        if not (config.run_dir / folder.SEARCH).exists():
-            folder.check_replaceable(config.run_dir, OUTPUTS, config)
-    else:
+    # A search goes on with what is there of it: its runs resume on their own.
+    if not (config.search and (config.run_dir / folder.SEARCH).exists()):
         folder.check_replaceable(config.run_dir, OUTPUTS, config)
+    if config.negatives and config.label_smoothing:
+        print("note: no effect with --negatives: --label_smoothing", file=sys.stderr)
     encodings = None if config.title_encoder == "none" else title_encodings(config, data)
     with folder.locked(config.run_dir):
         if config.search:
