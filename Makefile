@@ -9,7 +9,7 @@ RANKER_FLAGS := --llm_retrieved_path experiments/lru/ml-100k-classic --device cp
 	--llm_base_model smollm2-135m --llm_max_history 10 --train_batch_size 8 --max_steps 28 \
 	--warmup_steps 4 --overwrite true
 
-.PHONY: run test lint format clean
+.PHONY: run test faults lint format clean
 
 run: $(VENV)/.installed
 	$(PY) train_retriever.py $(RETRIEVER_FLAGS)
@@ -17,6 +17,10 @@ run: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest
+
+# Hundreds of kills and failing writes: about half an hour on two cores.
+faults: $(VENV)/.installed-dev
+	$(PY) -m pytest -m "slow or not slow" tests/faults
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .

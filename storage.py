@@ -60,6 +60,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_temporaries(folder: Path) -> None:
+    """Take away what a killed process was writing; nobody else may be writing there."""
+    for path in folder.glob(".*.tmp"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as JSON; floats keep every digit."""
     with atomic_path(path) as temporary:

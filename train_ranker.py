@@ -6,7 +6,6 @@ Example:
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -170,7 +169,6 @@ def train(
 ) -> None:
     """Tune, select on validation, evaluate on the test split and write the run's files."""
     # Imported late, so that the mistakes above answer without waiting for torch.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for optional kernels
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     import numpy as np
     import torch

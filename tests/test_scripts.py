@@ -249,6 +249,12 @@ def test_earlier_runs_and_runs_at_work_are_left_alone(toy_flags: list, tmp_path:
 
 
 def test_a_folder_made_for_a_run_that_fails_goes_again(tmp_path: Path):
+    run = tmp_path / "a" / "b"
+    (run / ".adapter.1.tmp").mkdir(parents=True)
+    (run / ".model.safetensors.1.tmp").write_text("half")
+    with folder.locked(run):  # what a killed process left
+        assert names(run) == [".lock"]
+    shutil.rmtree(tmp_path / "a")
     with pytest.raises(ZeroDivisionError), folder.locked(tmp_path / "a" / "b"):
         assert (tmp_path / "a" / "b" / ".lock").exists()
         _ = 1 / 0

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from config import CommonConfig, UserError
 from datasets import SequenceDataset
-from storage import read_json
+from storage import read_json, remove_temporaries
 
 CHECKPOINT = "checkpoint.safetensors"
 LOG = "log.jsonl"
@@ -81,6 +81,7 @@ def locked(run_dir: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cannot write {run_dir}: {error.strerror or error}") from error
     try:
+        remove_temporaries(run_dir)
         yield
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)

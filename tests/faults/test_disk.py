@@ -1,0 +1,154 @@
+"""A disk that is full or fails: one line, no half-written file, nothing left behind."""
+
+import builtins
+import errno
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+from safetensors import safe_open
+
+import train_retriever
+from config import UserError
+from tests.conftest import ROOT
+
+STEPS = ["--device", "cpu", "--max_steps", 4, "--val_iterations", 2, "--train_batch_size", 16]
+
+
+def assert_all_whole(folder: Path) -> None:
+    """Every file below the folder can be read to its end, and none is a temporary one."""
+    for path in folder.rglob("*"):
+        assert not path.name.startswith("."), path
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".jsonl":
+            assert path.read_text().endswith("}\n")
+        elif path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                assert all(file[name] is not None for name in file.files)
+        elif path.suffix == ".safetensors":
+            with safe_open(path, framework="np") as file:
+                assert all(file.get_tensor(name) is not None for name in file.keys())  # noqa: SIM118
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits on file sizes")
+@pytest.mark.parametrize("size", [0, 300, 3_000, 30_000, 100_000, 300_000, 1_000_000, 10**8])
+def test_files_that_may_not_grow(size: int, toy_flags: list, tmp_path: Path):
+    """Every writer meets the limit, whatever library it is in, and within a file."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    flags = [*toy_flags, *STEPS, "--export_root", tmp_path / "run"]
+    flags[flags.index("--cache_root") + 1] = tmp_path / "cache"
+    done = subprocess.run(
+        [sys.executable, "-B", str(ROOT / "train_retriever.py"), *map(str, flags)],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=limit,
+    )
+    assert_all_whole(tmp_path)
+    if size == 10**8:  # all files fit: the test above did meet the limit
+        assert done.returncode == 0, done.stderr
+        return
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("error: cannot write "), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+class FailingDisk:
+    """Counts the calls that change the disk below a folder and fails one of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, below: Path, fail_at: int, code: int):
+        self.below, self.fail_at, self.code = str(below), fail_at, code
+        self.calls = 0
+        opened = builtins.open
+
+        def open_file(file: object, mode: str = "r", *args: object, **options: object) -> object:
+            if set(mode) & set("wax+"):
+                self.count(file)
+            return opened(file, mode, *args, **options)
+
+        monkeypatch.setattr(builtins, "open", open_file)
+        monkeypatch.setattr(io, "open", open_file)
+        for name in ("replace", "chmod"):
+            monkeypatch.setattr(os, name, self.counted(getattr(os, name)))
+        mkdir, failing_mkdir = os.mkdir, self.counted(os.mkdir)
+
+        def make(path: object, *args: object, **options: object) -> None:
+            # Making a folder that is there fails anyway, and is meant to.
+            (mkdir if Path(path).is_dir() else failing_mkdir)(path, *args, **options)
+
+        monkeypatch.setattr(os, "mkdir", make)
+        for name in ("save_file", "save_model"):
+            saved = getattr(safetensors.torch, name)
+            monkeypatch.setattr(safetensors.torch, name, self.counted(saved, argument=1))
+        monkeypatch.setattr("trainer.checkpoint.save_file", self.counted(saved_file(), argument=1))
+
+    def count(self, path: object) -> None:
+        if isinstance(path, int) or not str(path).startswith(self.below):
+            return
+        self.calls += 1
+        if self.calls == self.fail_at:
+            raise OSError(self.code, os.strerror(self.code), str(path))
+
+    def counted(self, function: Callable, argument: int = 0) -> Callable:
+        def call(*args: object, **options: object) -> object:
+            self.count(args[argument])
+            return function(*args, **options)
+
+        return call
+
+
+def saved_file() -> Callable:
+    from trainer.checkpoint import save_file
+
+    return save_file
+
+
+def fail_at(place: int, code: int, flags: list, folder: Path) -> int:
+    """Run with one failing call; the number of calls, whether or not it was reached."""
+    with pytest.MonkeyPatch.context() as patch:
+        disk = FailingDisk(patch, folder, place, code)
+        words = [str(flag) for flag in (*flags, "--export_root", folder / "run")]
+        if place:
+            with pytest.raises(UserError) as caught:
+                train_retriever.main(words)
+            assert "\n" not in str(caught.value) and os.strerror(code) in str(caught.value)
+        else:
+            train_retriever.main(words)
+    assert_all_whole(folder)
+    return disk.calls
+
+
+def sweep(every: int, code: int, toy_flags: list, tmp_path: Path) -> None:
+    def flags(folder: Path) -> list:
+        changed = [*toy_flags, *STEPS]
+        changed[changed.index("--cache_root") + 1] = folder / "cache"
+        return changed
+
+    calls = fail_at(0, code, flags(tmp_path / "whole"), tmp_path / "whole")
+    assert calls > 30
+    for place in range(1, calls + 1, every):
+        folder = tmp_path / str(place)
+        fail_at(place, code, flags(folder), folder)
+
+
+def test_some_failing_calls(toy_flags: list, tmp_path: Path):
+    sweep(9, errno.ENOSPC, toy_flags, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_every_failing_call(code: int, toy_flags: list, tmp_path: Path):
+    sweep(1, code, toy_flags, tmp_path)

@@ -1,0 +1,100 @@
+"""Runs that are killed again and again end as if nothing had happened.
+
+Each campaign runs a script undisturbed, then once more with SIGKILL at random moments until all
+kills are spent, and lets it finish: the final files must be the same to the byte.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+RETRIEVER = [
+    "train_retriever.py", "--device", "cpu", "--max_steps", 400, "--val_iterations", 20,
+    "--train_batch_size", 16, "--save_seconds", 0.2, "--ema_decay", 0.9,
+]  # fmt: skip
+SEARCH = [
+    *RETRIEVER, "--search", "true", "--search_weight_decay", 0, 0.01, "--search_dropout", 0.1, 0.5,
+]  # fmt: skip
+RANKER = [
+    "train_ranker.py", "--device", "cpu", "--max_steps", 30, "--lora_val_iterations", 10,
+    "--train_batch_size", 8, "--save_seconds", 0.2,
+]  # fmt: skip
+
+
+def start(command: list, folder: Path) -> subprocess.Popen:
+    script, *flags = command
+    words = [sys.executable, str(ROOT / script), *map(str, flags)]
+    return subprocess.Popen(
+        [*words, "--export_root", str(folder), "--resume", "true"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process: subprocess.Popen) -> None:
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """All files but ``config.json``, which names the folder and the time of the code."""
+    found = (path for path in folder.rglob("*") if path.is_file() and path.name != "config.json")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    ours, theirs = files(found), files(expected)
+    assert sorted(ours) == sorted(theirs)
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+
+
+def campaign(command: list, kills: int, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    began = time.monotonic()
+    finish(start(command, whole))
+    seconds = time.monotonic() - began
+    rng = random.Random(0)
+    landed = 0
+    while landed < kills:
+        process = start(command, broken)
+        try:
+            process.communicate(timeout=rng.uniform(0.3, 0.8) * seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            landed += 1
+        process.communicate()
+        if process.returncode == 0:  # it came to its end before the kill: begin anew
+            assert_same(broken, whole)
+            broken = tmp_path / f"broken{landed}"
+        time.sleep(0.3)  # a search's runs end after it
+    finish(start(command, broken))
+    assert_same(broken, whole)
+
+
+def test_few_kills(toy_flags: list, tmp_path: Path):
+    campaign([*RETRIEVER, *toy_flags], 3, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("command", [RETRIEVER, SEARCH], ids=["retriever", "search"])
+def test_many_kills_of_retrievers(command: list, seed: int, toy_flags: list, tmp_path: Path):
+    campaign([*command, *toy_flags, "--seed", seed], 13, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_many_kills_of_rankers(seed: int, retrieved: Path, tiny_llama: Path, tmp_path: Path):
+    inputs = ["--llm_retrieved_path", retrieved, "--llm_base_model", tiny_llama]
+    campaign([*RANKER, *inputs, "--seed", seed], 13, tmp_path)
