@@ -7,7 +7,6 @@ Models, ICLR 2022 (https://arxiv.org/abs/2106.09685).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,8 +18,6 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from config import UserError
 from model.layers import Dropout
-
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for optional kernels
 
 PROBE_TOKENS = 64
 MEMORY_SHARE = 0.8  # of what is free; the rest is for gradients, temporaries and fragmentation
