@@ -176,13 +176,13 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def statistics_table(runs: Sequence[Run], paper: dict) -> list[str]:
+def statistics_table(recipes: dict[str, list[Recipe]], paper: dict) -> list[str]:
     """Table 2 as lines of Markdown: size of each data set, beside the paper's."""
     lines = ["| data set | users | items | interactions | mean length | paper |"]
     lines.append("|---|---|---|---|---|---|")
-    for code in dict.fromkeys(run.dataset for run in runs):
-        # Runs of older code did not note it down.
-        noted = [r.settings for r in runs if r.dataset == code and "num_interactions" in r.settings]
+    for code, found in recipes.items():
+        every = [run.settings for recipe in found for run in recipe.runs]
+        noted = [x for x in every if "num_interactions" in x]  # a ranker's run does not say
         if not noted:
             continue
         users, items, total = (noted[0][f"num_{x}"] for x in ("users", "items", "interactions"))
@@ -316,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--experiment_root {flags.experiment_root}: no finished run there")
     paper = json.loads(PAPER.read_text(encoding="utf-8"))
     recipes = find_recipes(runs)
-    lines = ["# Data (Table 2)", "", *statistics_table(runs, paper), ""]
+    lines = ["# Data (Table 2)", "", *statistics_table(recipes, paper), ""]
     for title, subset in (
         ("All users (Table 1), with 95% bootstrap intervals over users", False),
         ("Users whose answer was retrieved (Table 3)", True),
