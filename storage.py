@@ -61,8 +61,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Take away what a killed process was writing; nobody else may be writing there."""
-    for path in folder.glob(".*.tmp"):
+    """Take away what a killed process was writing; nobody else may be writing there.
+
+    safetensors writes by way of temporary files of its own, ``.tmp`` and six letters.
+    """
+    for path in (*folder.glob(".*.tmp"), *folder.glob(".tmp??????")):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

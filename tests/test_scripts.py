@@ -252,6 +252,7 @@ def test_a_folder_made_for_a_run_that_fails_goes_again(tmp_path: Path):
     run = tmp_path / "a" / "b"
     (run / ".adapter.1.tmp").mkdir(parents=True)
     (run / ".model.safetensors.1.tmp").write_text("half")
+    (run / ".tmpfatfbU").write_text("half")
     with folder.locked(run):  # what a killed process left
         assert names(run) == [".lock"]
     shutil.rmtree(tmp_path / "a")
