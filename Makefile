@@ -18,7 +18,7 @@ run: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest
 
-# Hundreds of kills and failing writes: about half an hour on two cores.
+# More than a hundred kills, and a failure of every call that writes: takes long.
 faults: $(VENV)/.installed-dev
 	$(PY) -m pytest -m "slow or not slow" tests/faults
 

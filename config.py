@@ -26,6 +26,7 @@ NO_EFFECT = {  # flags that a model does not read
     "narm": ("num_heads", "mask_prob"),
 }
 METRICS = ("Recall", "MRR", "NDCG")
+TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 1024}  # the default of the flag
 
 
 class UserError(Exception):
@@ -247,7 +248,10 @@ class RankerConfig(CommonConfig):
         choices=("auto", "true", "false"),
     )
     tokens_per_batch: int | None = flag(
-        None, "most tokens in memory at once in training; 16384 on CUDA, 1024 on the CPU", positive
+        None,
+        f"most tokens in memory at once in training; {TOKENS_PER_BATCH['cuda']} on CUDA, "
+        f"{TOKENS_PER_BATCH['cpu']} on the CPU",
+        positive,
     )
     llm_max_title_len: int = flag(32, "longest title in tokens", positive)
     llm_max_text_len: int = flag(1536, "longest prompt in tokens, oldest history goes", positive)

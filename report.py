@@ -20,6 +20,7 @@ import numpy as np
 from config import DATASET_CODES, UserError, run_main
 from metrics import METRIC_GAINS, user_gains
 from storage import atomic_path, read_json
+from trainer.folder import HANDLING, LOG, SEARCH_RUNS
 
 PAPER = Path(__file__).parent / "experiments" / "paper.json"
 PAPER_MODELS = {"lru": "LRURec", "sas": "SASRec", "bert": "BERT4Rec", "narm": "NARM"}
@@ -27,11 +28,8 @@ RANKER = "LlamaRec"
 METRICS = ("MRR@5", "NDCG@5", "Recall@5", "MRR@10", "NDCG@10", "Recall@10", "Recall@20")
 BOOTSTRAP_SAMPLES = 10_000
 # What may differ between runs of one recipe.
-NOT_RECIPE = {
-    "seed", "commit", "torch", "fingerprint", "device", "data_root", "cache_root", "llm_cache_dir",
-    "experiment_root", "export_root", "interactions", "items", "resume", "use_wandb", "num_workers",
-    "llm_retrieved_path", "retrieved_from", "data_fingerprint", "search", "search_weight_decay",
-    "search_dropout", "search_jobs", "overwrite", "save_seconds",
+NOT_RECIPE = HANDLING | {
+    "seed", "commit", "torch", "device", "fingerprint", "data_fingerprint", "retrieved_from",
 }  # fmt: skip
 
 
@@ -125,7 +123,7 @@ def read_run(folder: Path) -> Run | None:
 def find_runs(root: Path) -> list[Run]:
     """All finished runs below a folder, but for the single points of a grid search."""
     folders = sorted(path.parent for path in root.rglob("config.json"))
-    folders = [folder for folder in folders if "search" not in folder.relative_to(root).parts]
+    folders = [folder for folder in folders if SEARCH_RUNS not in folder.relative_to(root).parts]
     runs = [run for run in map(read_run, folders) if run is not None]
     return runs + [run.fused for run in runs if run.fused is not None]
 
@@ -254,7 +252,7 @@ def draw(recipes: dict[str, list[Recipe]], paper: dict, path: Path) -> None:
                 metric = "val_" + run.settings.get(
                     "best_metric", run.settings.get("rerank_best_metric")
                 )
-                log = map(json.loads, (run.folder / "log.jsonl").read_text().splitlines())
+                log = map(json.loads, (run.folder / LOG).read_text().splitlines())
                 points = [(record["step"], record[metric]) for record in log]
                 curves.plot(
                     *zip(*points),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from config import (
     RANKER_PRESETS,
+    TOKENS_PER_BATCH,
     RankerConfig,
     UserError,
     check_device,
@@ -125,12 +126,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_text_len=config.llm_max_text_len,
     )
     in_4bit = on_cuda if config.llm_load_in_4bit is None else config.llm_load_in_4bit
+    device = "cuda" if on_cuda else "cpu"
     details = {
-        "device": "cuda" if on_cuda else "cpu",
+        "device": device,
         "llm_base_model": base.name,
         "llm_revision": base.revision,
         "llm_load_in_4bit": in_4bit,
-        "tokens_per_batch": config.tokens_per_batch or (16_384 if on_cuda else 1_024),
+        "tokens_per_batch": config.tokens_per_batch or TOKENS_PER_BATCH[device],
         "data_fingerprint": data.fingerprint,
     }
     details["fingerprint"] = folder.fingerprint(

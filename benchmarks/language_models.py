@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from tokenizers import Tokenizer
 
-from config import UserError
+from config import TOKENS_PER_BATCH, UserError
 from model.hub import SMALL_MODEL, end_of_sequence, find_model, load_tokenizer
 
 LARGE_SHAPE = "llama-2-7b"  # LlamaConfig's defaults are its shape
@@ -69,7 +69,7 @@ def prepare(name: str, device: torch.device, cache_root: Path, tokenizer: str | 
     count = sum(
         p.numel() for n, p in shape.named_parameters() if "embed" not in n and "head" not in n
     )
-    return Setup(name, folder, tokenizer_folder, in_4bit, 16_384 if on_cuda else 1_024, count)
+    return Setup(name, folder, tokenizer_folder, in_4bit, TOKENS_PER_BATCH[device.type], count)
 
 
 def _save_random_llama(folder: Path, device: torch.device) -> None:

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from peft import PeftModel
 
 from benchmarks.language_models import NAMES, Setup, prepare
@@ -105,9 +106,6 @@ def steps(
         optimizer.step()
         optimizer.zero_grad()
 
-    def on_device(batch: dict) -> dict:
-        return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-
     def published(numbers: list[int]) -> int:
         sequences = []
         for number in numbers:
@@ -115,7 +113,7 @@ def steps(
             text = prompts.text(history, candidates)
             response = [prompts.label_ids[place], eos_id]
             sequences.append(np.array([*tokenizer.encode(text).ids, *response]))
-        batch = on_device(pad_left(sequences, eos_id))
+        batch = send_to_device(pad_left(sequences, eos_id), device)
         labels = torch.full_like(batch["input_ids"], -100)
         labels[:, -2:] = batch["input_ids"][:, -2:]
         model(**batch, labels=labels, use_cache=False).loss.backward()
@@ -126,7 +124,7 @@ def steps(
         tokens = 0
         for micro_batch in examples.__getitems__(numbers):
             tokens += int(micro_batch["attention_mask"].sum())
-            micro_batch = on_device(micro_batch)
+            micro_batch = send_to_device(micro_batch, device)
             (response_loss(model, micro_batch) * micro_batch["weight"]).backward()
         update()
         return tokens

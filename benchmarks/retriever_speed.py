@@ -32,7 +32,7 @@ from datasets.base import Filters
 from model.layers import Dropout
 from model.retriever import build_retriever
 from trainer.loop import build_optimizer
-from trainer.retriever import answer_ranks, catalogue_loss, mask_items
+from trainer.retriever import answer_ranks, catalogue_loss, score_histories
 
 
 def interleaved(plain: Callable[[], None], ours: Callable[[], None], rounds: int) -> list[float]:
@@ -125,8 +125,7 @@ def measure(
     @torch.inference_mode()
     def our_evaluation() -> None:
         batch = evaluation.__getitems__(next(turns["ours"]))
-        scores = model(batch["item_ids"], batch["positions"], batch["longest"], batch["keep"])
-        mask_items(scores, batch, history=True)
+        scores = score_histories(model, batch, mask_history=True)
         torch.topk(scores, 20)
         answer_ranks(scores, batch["answers"])
 

@@ -37,13 +37,14 @@ def measure(
     """One row: median seconds of a step, and memory."""
     import numpy as np
     import torch
+    from accelerate.utils import send_to_device
 
     from dataloader.retriever import Histories, TrainingWindows
     from datasets.base import SequenceDataset
     from model.losses import SampledCrossEntropy, linear_cross_entropy
     from model.lru import LRURec
     from trainer.loop import build_optimizer
-    from trainer.retriever import answer_ranks, catalogue_loss, mask_items
+    from trainer.retriever import answer_ranks, catalogue_loss, score_histories
 
     rng = np.random.default_rng(0)
     total = num_users * (length + 2)
@@ -71,14 +72,11 @@ def measure(
     )
     positions = 0
 
-    def on_device(batch: dict) -> dict:
-        return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-
     def train() -> None:
         nonlocal positions
         (batch,) = windows.__getitems__(rng.integers(len(windows), size=BATCH_SIZE).tolist())
         positions = len(batch["labels"])
-        catalogue_loss(model, on_device(batch), cross_entropy).backward()
+        catalogue_loss(model, send_to_device(batch, device), cross_entropy).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -86,10 +84,10 @@ def measure(
     @torch.inference_mode()
     def evaluate() -> None:
         nonlocal positions
-        batch = on_device(histories.__getitems__(rng.integers(num_users, size=BATCH_SIZE).tolist()))
+        users = rng.integers(num_users, size=BATCH_SIZE).tolist()
+        batch = send_to_device(histories.__getitems__(users), device)
         positions = BATCH_SIZE
-        scores = model(batch["item_ids"], batch["positions"], batch["longest"], batch["keep"])
-        mask_items(scores, batch, history=True)
+        scores = score_histories(model, batch, mask_history=True)
         torch.topk(scores, 20)
         answer_ranks(scores, batch["answers"])
 

@@ -23,8 +23,8 @@ SEARCH_RUNS = "search"
 ROOT = Path(__file__).parent.parent
 # The code that shapes a run's results.
 SOURCES = ("datasets", "dataloader", "model", "trainer", "metrics.py")
-# What does not change a run's results, and so may differ when it is resumed.
-IMMATERIAL = {
+# Where a run's files lie and how it is handled.
+HANDLING = {
     "resume",
     "overwrite",
     "save_seconds",
@@ -42,11 +42,11 @@ IMMATERIAL = {
     "search_weight_decay",
     "search_dropout",
     "search_jobs",
-    # These change the order in which numbers are added up, no more.
-    "gradient_checkpointing",
-    "tokens_per_batch",
-    "lora_micro_batch_size",
 }
+# These change the order in which numbers are added up, no more.
+ROUNDING = {"gradient_checkpointing", "tokens_per_batch", "lora_micro_batch_size"}
+# What does not change a run's results, and so may differ when it is resumed.
+IMMATERIAL = HANDLING | ROUNDING
 
 
 def fingerprint(settings: dict[str, Any], data: SequenceDataset, *inputs: bytes) -> str:

@@ -42,10 +42,14 @@ def answer_ranks(scores: Tensor, answers: Tensor) -> Tensor:
     return 1 + (~(scores <= scores.gather(1, answers[:, None]))).sum(1)
 
 
-def mask_items(scores: Tensor, batch: dict[str, Any], history: bool) -> Tensor:
-    """Set to minus infinity what cannot be recommended: column 0 and, if asked, the history."""
+def score_histories(model: nn.Module, batch: dict[str, Any], mask_history: bool) -> Tensor:
+    """(B, V + 1) scores of all items after each history of an evaluation batch.
+
+    What cannot be recommended has minus infinity: column 0 and, if asked, the user's own items.
+    """
+    scores = model(batch["item_ids"], batch["positions"], batch["longest"], batch["keep"])
     scores[:, 0] = -torch.inf
-    if history:
+    if mask_history:
         scores[batch["history_rows"], batch["history_items"]] = -torch.inf
     return scores
 
@@ -73,8 +77,7 @@ def retrieve(
     parts = []
     quiet = not accelerator.is_main_process
     for batch in tqdm(loader, desc=description, unit="batch", leave=False, disable=quiet):
-        scores = model(batch["item_ids"], batch["positions"], batch["longest"], batch["keep"])
-        scores = mask_items(scores, batch, mask_history)  # (B, V + 1)
+        scores = score_histories(model, batch, mask_history)
         best = torch.topk(scores, num_candidates)
         ranks = answer_ranks(scores, batch["answers"])
         part = (best.indices, best.values, batch["answers"], ranks)
@@ -102,8 +105,7 @@ def hard_negatives(model: nn.Module, loader: DataLoader, size: int) -> np.ndarra
     parts = []
     for batch in tqdm(loader, desc="hard negatives", unit="batch", dynamic_ncols=True):
         batch = send_to_device(batch, device)
-        scores = model(batch["item_ids"], batch["positions"], batch["longest"], batch["keep"])
-        scores = mask_items(scores, batch, history=True)
+        scores = score_histories(model, batch, mask_history=True)
         scores.scatter_(1, batch["answers"][:, None], -torch.inf)
         best = torch.topk(scores, size)
         parts.append(torch.where(best.values > -torch.inf, best.indices, 0).int().cpu())

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from config import UserError
 from storage import atomic_path, read_json, write_json
+from trainer.folder import LOG, SEARCH
 
 POLL_SECONDS = 0.2
 
@@ -142,7 +143,7 @@ def _check(job: _Job) -> None:
 
 def _step(job: _Job) -> str:
     try:
-        last = (job.point.folder / "log.jsonl").read_text().splitlines()[-1]
+        last = (job.point.folder / LOG).read_text().splitlines()[-1]
         return f"{json.loads(last)['step']:,}"
     except (OSError, IndexError, ValueError):
         return "0"
@@ -188,4 +189,4 @@ def publish(point: Point, record: dict[str, Any], run_dir: Path, files: Sequence
     for name in files:
         with atomic_path(run_dir / name) as temporary:
             shutil.copyfile(point.folder / name, temporary)
-    write_json(run_dir / "search.json", record)
+    write_json(run_dir / SEARCH, record)
