@@ -1,13 +1,16 @@
 """Parts of the training loop: schedule and moving average."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import train_retriever
 from trainer.average import WeightAverage
-from trainer.loop import build_schedule
+from trainer.loop import Trainer, build_schedule
 
 
 @pytest.mark.parametrize(("decay", "halfway"), [(None, 1.0), ("linear", 0.5), ("cosine", 0.5)])
@@ -49,3 +52,24 @@ def test_average_of_the_weights():
     with other.applied():
         torch.testing.assert_close(model.weight.data, expected)
     assert torch.equal(model.weight, last)
+
+
+def test_stop_between_a_validation_and_its_checkpoint(
+    toy_flags: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The log has that validation already, and must not have it twice once it is repeated."""
+    flags = [*toy_flags, "--device", "cpu", "--max_steps", 30, "--val_iterations", 10]
+    words = [str(flag) for flag in (*flags, "--export_root", tmp_path)]
+    save = Trainer._save
+
+    def stop(trainer: Trainer) -> None:
+        if trainer.progress.validated_step == 20:
+            raise KeyboardInterrupt
+        save(trainer)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_save", stop)
+        train_retriever.main(words)
+    train_retriever.main([*words, "--resume", "true"])
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [10, 20, 30]

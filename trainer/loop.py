@@ -399,5 +399,5 @@ class Trainer:
         set_random_state(state["random"])
         self.losses = [loss.to(self.accelerator.device) for loss in state["losses"]]
         self.progress = Progress(**state["progress"])
-        self.log.load(self.progress.step)
+        self.log.load(self.progress.validated_step)  # a validation cut short is repeated
         self.accelerator.print(f"resuming at step {self.progress.step:,}")
