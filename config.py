@@ -1,4 +1,4 @@
-"""Every setting of both stages: defaults, presets, command-line flags and their checks.
+"""Every setting of all scripts: defaults, presets, command-line flags and their checks.
 
 Each flag is declared once, as a field of a frozen dataclass. A value is taken from the first of
 the command line, the data set's preset and the field's default that has one, so what the user
@@ -11,9 +11,10 @@ import argparse
 import ctypes
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 PAPER = "https://arxiv.org/abs/2311.02089"
@@ -87,7 +88,7 @@ def flag(default: Any, help: str, type: Callable = str, **options: Any) -> Any:
 
 @dataclass(frozen=True)
 class CommonConfig:
-    """Settings that mean the same in both stages."""
+    """Settings that mean the same in all scripts."""
 
     dataset_code: str | None = flag(None, "data set; asked for when absent", choices=DATASET_CODES)
     data_root: str = flag("data", "folder of the raw files, downloaded where missing")
@@ -207,6 +208,14 @@ class RetrieverConfig(CommonConfig):
         0.5, "dropout in attention or recurrence", probability, alias="bert_attn_dropout"
     )
     mask_prob: float = flag(0.25, "share of masked items", probability, alias="bert_mask_prob")
+    augmented: str | None = flag(
+        None, "run folder of augment_data.py whose interactions are trained on besides"
+    )
+    augmented_place: str = flag(
+        "before",
+        "where they stand in a user's training sequence: before the real ones or after them",
+        choices=("before", "after"),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -227,12 +236,9 @@ class RetrieverConfig(CommonConfig):
 
 
 @dataclass(frozen=True)
-class RankerConfig(CommonConfig):
-    """Settings of ``train_ranker.py``; the defaults are the paper's (section 4.0.4)."""
+class LanguageModelConfig(CommonConfig):
+    """Settings of the language model and its tuning, which ranker and augmentation share."""
 
-    llm_retrieved_path: str | None = flag(
-        None, "run folder of the retriever; experiments/lru/<data set> under the root"
-    )
     llm_base_model: str | None = flag(
         None,
         "causal LM by hub name (name@revision) or folder; Llama-2-7b on CUDA, else smollm2-135m",
@@ -253,8 +259,35 @@ class RankerConfig(CommonConfig):
         f"{TOKENS_PER_BATCH['cpu']} on the CPU",
         positive,
     )
-    llm_max_title_len: int = flag(32, "longest title in tokens", positive)
     llm_max_text_len: int = flag(1536, "longest prompt in tokens, oldest history goes", positive)
+    lora_r: int = flag(8, "rank of the adapters", positive)
+    lora_alpha: int = flag(32, "scale of the adapters", positive)
+    lora_dropout: float = flag(0.05, "dropout of the adapters", probability)
+    lora_target_modules: tuple[str, ...] = flag(
+        ("q_proj", "v_proj"), "modules with adapters", many=True
+    )
+    lora_val_iterations: int = flag(100, "optimizer steps between validations", positive)
+    lora_early_stopping_patience: int = flag(20, "validations without a gain", positive)
+    lora_micro_batch_size: int | None = flag(
+        None, "most prompts in memory at once in training, besides --tokens_per_batch", positive
+    )
+
+    # Where the references leave these to the Hugging Face Trainer, its defaults hold.
+    weight_decay: float = flag(0.0, "weight decay of the adapters", real)
+    adam_epsilon: float = flag(1e-8, "epsilon of the optimizer", real)
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm, 0 for never", real)
+    enable_lr_schedule: bool = flag(True, "let the learning rate decay to 0", boolean)
+    enable_lr_warmup: bool = flag(True, "warm the learning rate up first", boolean)
+
+
+@dataclass(frozen=True)
+class RankerConfig(LanguageModelConfig):
+    """Settings of ``train_ranker.py``; the defaults are the paper's (section 4.0.4)."""
+
+    llm_retrieved_path: str | None = flag(
+        None, "run folder of the retriever; experiments/lru/<data set> under the root"
+    )
+    llm_max_title_len: int = flag(32, "longest title in tokens", positive)
     llm_max_history: int = flag(20, "most recent items in the prompt", positive)
     llm_train_on_inputs: bool = flag(False, "train on the whole prompt, not the answer", boolean)
     llm_negative_sample_size: int = flag(19, "sampled negatives in a training prompt", positive)
@@ -266,19 +299,8 @@ class RankerConfig(CommonConfig):
     llm_input_template: str = flag(
         "User history: {}; \n Candidate pool: {}", "input of the prompt: history, candidates"
     )
-    lora_r: int = flag(8, "rank of the adapters", positive)
-    lora_alpha: int = flag(32, "scale of the adapters", positive)
-    lora_dropout: float = flag(0.05, "dropout of the adapters", probability)
-    lora_target_modules: tuple[str, ...] = flag(
-        ("q_proj", "v_proj"), "modules with adapters", many=True
-    )
     lora_num_epochs: int = flag(1, "passes over the training prompts", positive)
-    lora_val_iterations: int = flag(100, "optimizer steps between validations", positive)
-    lora_early_stopping_patience: int = flag(20, "validations without a gain", positive)
     lora_lr: float = flag(1e-4, "learning rate", real)
-    lora_micro_batch_size: int | None = flag(
-        None, "most prompts in memory at once in training, besides --tokens_per_batch", positive
-    )
     train_candidates: str = flag(
         "random",
         "negatives of the training prompts: random, the retriever's own candidates, or half each",
@@ -295,16 +317,9 @@ class RankerConfig(CommonConfig):
     )
     rerank_metric_ks: tuple[int, ...] = flag((1, 5, 10), "cut-offs", positive, many=True)
     rerank_best_metric: str = flag("NDCG@10", "validation metric that selects the adapter")
-
-    # Where the reference leaves these to the Hugging Face Trainer, its defaults hold.
     train_batch_size: int = flag(16, "prompts in an optimizer step", positive)
     val_batch_size: int = flag(16, "prompts scored at once in validation", positive)
     test_batch_size: int = flag(16, "prompts scored at once in the test", positive)
-    weight_decay: float = flag(0.0, "weight decay of the adapters", real)
-    adam_epsilon: float = flag(1e-8, "epsilon of the optimizer", real)
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm, 0 for never", real)
-    enable_lr_schedule: bool = flag(True, "let the learning rate decay to 0", boolean)
-    enable_lr_warmup: bool = flag(True, "warm the learning rate up first", boolean)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -327,6 +342,65 @@ class RankerConfig(CommonConfig):
     def run_dir(self, model_name: str) -> Path:
         """Where this run writes, ``experiments/<base model>/<data set>`` unless told otherwise."""
         default = Path(self.experiment_root, model_name, str(self.dataset_code))
+        return Path(self.export_root) if self.export_root else default
+
+
+@dataclass(frozen=True)
+class AugmentationConfig(LanguageModelConfig):
+    """Settings of ``augment_data.py``; the defaults are LLM4IDRec's."""
+
+    local_examples: int = flag(
+        20, "training examples an epoch from random items of a user, beside one from all", count
+    )
+    local_items: int = flag(10, "items of such an example, answer included", positive)
+    lora_lr: float = flag(1e-3, "learning rate", real)
+    train_batch_size: int = flag(32, "examples in an optimizer step", positive)
+    max_steps: int = flag(400, "optimizer steps", positive)
+    warmup_steps: int = flag(20, "length of the warm-up in optimizer steps", count)
+    constrained: bool = flag(
+        False, "let the model write nothing but items of the catalogue", boolean
+    )
+    temperature: float = flag(0.8, "temperature of the sampling", real)
+    top_p: float = flag(0.9, "sample among the likeliest tokens of this probability", probability)
+    max_new_tokens: int = flag(200, "most tokens written for a user", positive)
+    val_batch_size: int = flag(16, "examples scored at once in validation", positive)
+    test_batch_size: int = flag(16, "users written for at once", positive)
+    retriever_path: str | None = flag(
+        None, "run folder of a retriever that judges what was written; nothing judges it if absent"
+    )
+    plausible_rank: int | None = flag(
+        None,
+        "keep items that the retriever ranks this high for their user; chosen by "
+        "--plausible_share if absent",
+        positive,
+    )
+    plausible_share: float = flag(
+        0.5, "share of the validation answers that the rank chosen lets through", probability
+    )
+    reuse: str | None = flag(
+        None, "run folder to take the tuned model and the texts from, as far as the flags agree"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.local_items < 2:
+            raise UserError(
+                f"--local_items {self.local_items}: 2 at least, a history and an answer"
+            )
+        if not self.temperature or not self.top_p:
+            raise UserError("--temperature and --top_p must be above 0: nothing could be sampled")
+        if self.max_new_tokens >= self.llm_max_text_len:
+            raise UserError(
+                f"--max_new_tokens {self.max_new_tokens} leaves no room for a prompt in "
+                f"--llm_max_text_len {self.llm_max_text_len}"
+            )
+        if self.plausible_rank and not self.retriever_path:
+            raise UserError("--plausible_rank needs --retriever_path, whose ranks they are")
+
+    @property
+    def run_dir(self) -> Path:
+        """Where this run writes, ``experiments/llm4idrec/<data set>`` unless told otherwise."""
+        default = Path(self.experiment_root, "llm4idrec", str(self.dataset_code))
         return Path(self.export_root) if self.export_root else default
 
 
@@ -368,7 +442,6 @@ RETRIEVER_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         for code in DATASET_CODES
     },
 }
-RANKER_PRESETS: dict[str, dict[str, dict[str, Any]]] = {}
 
 ConfigT = TypeVar("ConfigT", bound=CommonConfig)
 
@@ -412,21 +485,22 @@ def _flags(config: type) -> dict[str, Field]:
 
 def parse(
     config: type[ConfigT],
-    presets: dict[str, dict[str, dict[str, Any]]],
     argv: Sequence[str] | None,
     description: str,
+    *,
+    presets: Mapping[str, dict[str, dict[str, Any]]] = MappingProxyType({}),
     inherit: Callable[[dict[str, Any]], dict[str, Any]] = lambda given: {},
 ) -> ConfigT:
     """Read the command line into a config.
 
-    Flags of the other stage are understood, so that one list of flags serves both scripts, and
-    said to have no effect.
+    Flags of the other scripts are understood, so that one list of flags serves them all, and said
+    to have no effect.
 
     Args:
         config: the dataclass to fill.
-        presets: settings by recipe and data set code, between defaults and command line.
         argv: the words of the command line, ``sys.argv`` if None.
         description: the first lines of ``--help``.
+        presets: settings by recipe and data set code, between defaults and command line.
         inherit: from the flags given, further settings between presets and flags.
 
     Raises:
@@ -442,8 +516,8 @@ def parse(
     general, own = parser.add_argument_group("general"), parser.add_argument_group("this stage")
     for name, spec in _flags(config).items():
         _add(general if name in common else own, name, spec)
-    other = RankerConfig if config is RetrieverConfig else RetrieverConfig
-    foreign = {n: s for n, s in _flags(other).items() if n not in _flags(config)}
+    others = [c for c in (RetrieverConfig, RankerConfig, AugmentationConfig) if c is not config]
+    foreign = {n: s for c in others for n, s in _flags(c).items() if n not in _flags(config)}
     for name, spec in foreign.items():
         _add(parser, name, spec)
     for action in parser._actions:

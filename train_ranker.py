@@ -12,30 +12,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import (
-    RANKER_PRESETS,
-    TOKENS_PER_BATCH,
-    RankerConfig,
-    UserError,
-    check_device,
-    cuda_driver,
-    parse,
-    run_main,
-)
+from config import RankerConfig, UserError, check_device, parse, run_main
 from dataloader.candidates import FILE_NAME, Candidates, load_candidates
 from dataloader.prompt import PromptBuilder
 from datasets import SequenceDataset, load_dataset
 from datasets.base import Filters
-from model.hub import (
-    LARGE_MODEL,
-    SMALL_MODEL,
-    BaseModel,
-    end_of_sequence,
-    find_model,
-    load_tokenizer,
-)
 from storage import read_json
 from trainer import folder
+from trainer.language_model import (
+    LanguageModel,
+    find_language_model,
+    load_adapter,
+    load_with_adapters,
+    save_adapter,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,7 +72,7 @@ def retriever_settings(given: dict[str, Any]) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the settings and inputs, then train."""
-    config = parse(RankerConfig, RANKER_PRESETS, argv, __doc__, retriever_settings)
+    config = parse(RankerConfig, argv, __doc__, inherit=retriever_settings)
     check_device(config.device)
     data = load_dataset(
         config.dataset_code,
@@ -95,27 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(data.summary())
     candidates = load_candidates(config.retrieved_dir / FILE_NAME, data)
 
-    on_cuda = config.device != "cpu" and cuda_driver()
-    if on_cuda and config.device is None:
-        import torch
-
-        on_cuda = torch.cuda.is_available()
-    name = config.llm_base_model or (LARGE_MODEL if on_cuda else SMALL_MODEL)
-    if config.llm_base_model is None:
-        print(f"base model: {name}, the default {'on CUDA' if on_cuda else 'without CUDA'}")
-    base = find_model(name, cache_root=config.cache_root, hub_cache=config.llm_cache_dir)
-    tokenizer_from = base
-    if config.llm_base_tokenizer:
-        tokenizer_from = find_model(
-            config.llm_base_tokenizer,
-            cache_root=config.cache_root,
-            hub_cache=config.llm_cache_dir,
-            flag="--llm_base_tokenizer",
-        )
-    tokenizer = load_tokenizer(tokenizer_from.folder)
-    eos_id = end_of_sequence(tokenizer_from.folder, tokenizer)
+    language_model = find_language_model(config)
     prompts = PromptBuilder(
-        tokenizer,
+        language_model.tokenizer,
         data.titles,
         instruction=config.llm_system_template,
         input_template=config.llm_input_template,
@@ -125,24 +97,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_title_len=config.llm_max_title_len,
         max_text_len=config.llm_max_text_len,
     )
-    in_4bit = on_cuda if config.llm_load_in_4bit is None else config.llm_load_in_4bit
-    device = "cuda" if on_cuda else "cpu"
-    details = {
-        "device": device,
-        "llm_base_model": base.name,
-        "llm_revision": base.revision,
-        "llm_load_in_4bit": in_4bit,
-        "tokens_per_batch": config.tokens_per_batch or TOKENS_PER_BATCH[device],
-        "data_fingerprint": data.fingerprint,
-    }
+    details = language_model.details() | {"data_fingerprint": data.fingerprint}
     details["fingerprint"] = folder.fingerprint(
         config.as_dict() | details, data, *(c.items.tobytes() for c in candidates.values())
     )
     details["retrieved_from"] = str(config.retrieved_dir)
-    run_dir = config.run_dir(base.name)
+    run_dir = config.run_dir(language_model.base.name)
     folder.check_replaceable(run_dir, OUTPUTS, config)
     with folder.locked(run_dir):
-        train(config, data, candidates, base, prompts, eos_id, details)
+        train(config, data, candidates, language_model, prompts, details)
 
 
 def hard_negatives_of(
@@ -164,9 +127,8 @@ def train(
     config: RankerConfig,
     data: SequenceDataset,
     candidates: dict[str, Candidates],
-    base: BaseModel,
+    language_model: LanguageModel,
     prompts: PromptBuilder,
-    eos_id: int,
     details: dict[str, Any],
 ) -> None:
     """Tune, select on validation, evaluate on the test split and write the run's files."""
@@ -174,15 +136,12 @@ def train(
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     import numpy as np
     import torch
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
 
     from dataloader.ranker import EvaluationPrompts, TrainingPrompts
     from dataloader.sampler import ShuffledBatches, evaluation_loader, training_loader
     from metrics import ranking_metrics
-    from model.ranker import add_lora, load_causal_lm, needs_checkpointing
     from model.verbalizer import response_loss
-    from storage import atomic_folder, atomic_path, write_json
+    from storage import atomic_path, write_json
     from trainer import run
     from trainer.average import WeightAverage
     from trainer.loop import (
@@ -201,8 +160,8 @@ def train(
     )
 
     ks = config.rerank_metric_ks
+    base, eos_id, max_tokens = language_model.base, language_model.eos_id, language_model.max_tokens
     run_dir = config.run_dir(base.name)
-    max_tokens = details["tokens_per_batch"]
     if config.resume and folder.is_finished(run_dir, OUTPUTS, details["fingerprint"]):
         print(f"{run_dir} is finished, there is nothing to resume")
         print(run.metrics_table({"two stages": read_json(run_dir / "overall_metrics.json")}))
@@ -260,38 +219,14 @@ def train(
             f"{config.retrieved_dir}: no user's answer is among the candidates, there is nothing "
             "to rank; train the retriever longer"
         )
-    causal_lm = load_causal_lm(
-        base.folder, device=accelerator.device, in_4bit=details["llm_load_in_4bit"]
-    )
-    vocabulary = causal_lm.get_input_embeddings().num_embeddings
-    if prompts.tokenizer.get_vocab_size() > vocabulary:
-        raise UserError(
-            f"the tokenizer has {prompts.tokenizer.get_vocab_size()} tokens, the model "
-            f"{vocabulary}: --llm_base_tokenizer must fit --llm_base_model"
-        )
-    longest = getattr(causal_lm.config, "max_position_embeddings", None)
-    if longest is not None and config.llm_max_text_len > longest:
-        raise UserError(
-            f"--llm_max_text_len {config.llm_max_text_len}: {base.name} reads at most {longest}"
-        )
-    checkpointing = config.gradient_checkpointing == "true"
-    if config.gradient_checkpointing == "auto":
-        checkpointing = needs_checkpointing(causal_lm, max_tokens)
-    model = add_lora(
-        causal_lm,
-        rank=config.lora_r,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules,
-        gradient_checkpointing=checkpointing,
-    )
+    model, checkpointing = load_with_adapters(language_model, config, accelerator)
     optimizer = build_optimizer(
         model,
         config.optimizer,
         lr=config.lora_lr,
         weight_decay=config.weight_decay,
         epsilon=config.adam_epsilon,
-        paged=details["device"] == "cuda",
+        paged=language_model.device == "cuda",
     )
     scheduler = build_schedule(
         optimizer,
@@ -321,10 +256,7 @@ def train(
     def save_best() -> None:
         val_scores["best"] = val_scores["latest"]
         if accelerator.is_main_process:
-            with atomic_folder(adapter) as temporary:
-                accelerator.unwrap_model(model).save_pretrained(
-                    temporary, save_embedding_layers=False
-                )
+            save_adapter(accelerator.unwrap_model(model), adapter)
 
     trainer = Trainer(
         accelerator=accelerator,
@@ -334,9 +266,7 @@ def train(
         loader=train_loader,
         sampler=sampler,
         loss=partial(
-            response_loss,
-            on_inputs=config.llm_train_on_inputs,
-            label_ids=label_ids if config.response_loss == "letters" else None,
+            response_loss, label_ids=label_ids if config.response_loss == "letters" else None
         ),
         validate=validate,
         save_best=save_best,
@@ -350,8 +280,7 @@ def train(
     progress = trainer.fit(config.resume)
 
     accelerator.wait_for_everyone()
-    weights = load_file(adapter / "adapter_model.safetensors", device=str(accelerator.device))
-    set_peft_model_state_dict(accelerator.unwrap_model(model), weights)
+    load_adapter(accelerator.unwrap_model(model), adapter)
     model.eval()
     if "best" not in val_scores:  # found before the run was interrupted
         val_scores["best"] = score("val", "validate")

@@ -28,7 +28,7 @@ OUTPUTS = ("model.safetensors", "candidates.npz", "val_metrics.json", "test_metr
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the settings and the data, then train."""
-    config = parse(RetrieverConfig, RETRIEVER_PRESETS, argv, __doc__)
+    config = parse(RetrieverConfig, argv, __doc__, presets=RETRIEVER_PRESETS)
     check_device(config.device)
     data = load_dataset(
         config.dataset_code,

@@ -9,10 +9,11 @@ import torch
 from torch.utils.data import Dataset
 
 from dataloader.candidates import Candidates
-from dataloader.prompt import PromptBuilder
+from dataloader.prompt import RESPONSE_TOKENS, PromptBuilder
 from datasets import SequenceDataset
 
 Batch = dict[str, Any]
+IGNORED = -100  # cross-entropy's mark of what is no target
 
 
 def pad_left(sequences: list[np.ndarray], pad_id: int) -> Batch:
@@ -80,6 +81,45 @@ def micro_batches(lengths: np.ndarray, max_rows: int, max_tokens: int | None) ->
     return groups[::-1]
 
 
+def training_batches(
+    sequences: list[np.ndarray],
+    num_targets: np.ndarray,
+    users: np.ndarray,
+    *,
+    pad_id: int,
+    max_rows: int,
+    max_tokens: int | None,
+) -> list[Batch]:
+    """Micro-batches of one optimizer step.
+
+    Args:
+        sequences: token ids of a prompt and its response each.
+        num_targets: (n,) how many of a sequence's last tokens are trained on.
+        users: (n,) whose they are.
+        pad_id: fills shorter rows.
+        max_rows: as of ``micro_batches``.
+        max_tokens: as of ``micro_batches``.
+
+    Returns:
+        Longest sequences first, each micro-batch with ``input_ids`` and ``attention_mask`` (B, L),
+        ``targets`` (B, R), its rows' last R tokens with -100 for those not trained on, its
+        ``weight`` in the step's mean loss and a list of its ``users``.
+    """
+    lengths = np.array([len(x) for x in sequences])
+    batches = []
+    for group in micro_batches(lengths, max_rows, max_tokens):
+        batch = pad_left([sequences[i] for i in group], pad_id)
+        size = int(num_targets[group].max())
+        untrained = np.arange(size) < size - num_targets[group, None]
+        batch["targets"] = batch["input_ids"][:, -size:].masked_fill(
+            torch.from_numpy(untrained), IGNORED
+        )
+        batch["weight"] = float(num_targets[group].sum() / num_targets.sum())
+        batch["users"] = users[group].tolist()
+        batches.append(batch)
+    return batches
+
+
 class TrainingPrompts(Dataset):
     """A prompt for every training interaction but each user's first.
 
@@ -143,23 +183,21 @@ class TrainingPrompts(Dataset):
         return history[-self.max_history :], candidates, place
 
     def __getitems__(self, numbers: list[int]) -> list[Batch]:
-        """Micro-batches of one optimizer step, longest prompts first; ``users`` are their users."""
+        """Micro-batches of one optimizer step, as of ``training_batches``."""
         sequences = []
         for number in numbers:
             history, candidates, place = self.example(number)
             prompt = self.prompts.encode(history, candidates)
             sequences.append(np.append(prompt, [self.prompts.label_ids[place], self.eos_id]))
         lengths = np.array([len(x) for x in sequences])
-        users = self.users[np.asarray(numbers) % len(self)]
-        targets = lengths - 1 if self.on_inputs else np.full_like(lengths, 2)
-        return [
-            pad_left([sequences[i] for i in group], self.eos_id)
-            | {
-                "weight": float(targets[group].sum() / targets.sum()),
-                "users": users[group].tolist(),
-            }
-            for group in micro_batches(lengths, self.max_rows, self.max_tokens)
-        ]
+        return training_batches(
+            sequences,
+            lengths - 1 if self.on_inputs else np.full_like(lengths, RESPONSE_TOKENS),
+            self.users[np.asarray(numbers) % len(self)],
+            pad_id=self.eos_id,
+            max_rows=self.max_rows,
+            max_tokens=self.max_tokens,
+        )
 
 
 class EvaluationPrompts(Dataset):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -41,34 +40,28 @@ def candidate_scores(model: nn.Module, batch: dict[str, Any], label_ids: Tensor)
 
 
 def response_loss(
-    model: nn.Module,
-    batch: dict[str, Any],
-    on_inputs: bool = False,
-    label_ids: Tensor | None = None,
+    model: nn.Module, batch: dict[str, Any], label_ids: Tensor | None = None
 ) -> Tensor:
     """Mean cross-entropy of the response: the answer's label and the end of the sequence.
 
+    Only the last positions pass the output layer.
+
     Args:
         model: causal LM.
-        batch: left-padded ``input_ids`` and ``attention_mask``, (B, L); the last two tokens of
-            every row are the response.
-        on_inputs: cover the whole prompt instead.
+        batch: left-padded ``input_ids`` and ``attention_mask``, (B, L), and ``targets`` (B, R), the
+            last R tokens, -100 for those that are not trained on.
         label_ids: (C,) token ids of the labels: the label's cross-entropy among them alone, as they
             are scored, instead of the response's over the vocabulary.
     """
-    input_ids, mask = batch["input_ids"], batch["attention_mask"]
-    keep = 0 if on_inputs else 3  # the last position's logits are of no use
+    mask, targets = batch["attention_mask"], batch["targets"]
     logits = model(
-        input_ids=input_ids,
+        input_ids=batch["input_ids"],
         attention_mask=mask,
         position_ids=position_ids(mask),
         use_cache=False,
-        logits_to_keep=keep,
-    ).logits[:, :-1]
+        logits_to_keep=targets.shape[1] + 1,
+    ).logits[:, :-1]  # the last position's are of no use
     if label_ids is not None:
-        targets = (input_ids[:, -2, None] == label_ids).int().argmax(1)
-        return nn.functional.cross_entropy(logits[:, -2, label_ids].float(), targets)
-    targets = input_ids[:, -logits.shape[1] :]
-    if on_inputs:
-        targets = torch.where(mask[:, :-1].bool(), targets, -100)
+        places = (targets[:, -2, None] == label_ids).int().argmax(1)
+        return nn.functional.cross_entropy(logits[:, -2, label_ids].float(), places)
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())

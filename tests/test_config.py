@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from config import (
-    RANKER_PRESETS,
     RETRIEVER_PRESETS,
     RankerConfig,
     RetrieverConfig,
@@ -37,11 +36,11 @@ REFERENCE_FLAGS = """
 
 
 def retriever(*flags: str) -> RetrieverConfig:
-    return parse(RetrieverConfig, RETRIEVER_PRESETS, flags, "")
+    return parse(RetrieverConfig, flags, "", presets=RETRIEVER_PRESETS)
 
 
 def ranker(*flags: str) -> RankerConfig:
-    return parse(RankerConfig, RANKER_PRESETS, flags, "")
+    return parse(RankerConfig, flags, "")
 
 
 def test_presets_of_the_paper():

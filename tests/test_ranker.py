@@ -170,10 +170,9 @@ def test_loss_equals_stock_and_micro_batches_change_nothing(
         whole = training_prompts(prompts, max_rows=8, on_inputs=on_inputs)
         parts = training_prompts(prompts, max_rows=3, on_inputs=on_inputs)
         (batch,) = whole.__getitems__(list(range(8)))
-        ours = response_loss(model, batch, on_inputs)
+        ours = response_loss(model, batch)
         split = sum(
-            response_loss(model, m, on_inputs) * m["weight"]
-            for m in parts.__getitems__(list(range(8)))
+            response_loss(model, m) * m["weight"] for m in parts.__getitems__(list(range(8)))
         )
         ids, mask = batch["input_ids"], batch["attention_mask"].bool()
         total, count = 0.0, 0
@@ -247,7 +246,7 @@ def test_lora_step_and_saved_adapter(
     (batch,) = training_prompts(prompts, max_rows=8).__getitems__(list(range(8)))
     losses = []
     for _ in range(8):
-        loss = response_loss(model, batch, on_inputs=False)
+        loss = response_loss(model, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -275,7 +274,7 @@ def test_evaluation_in_between_changes_no_gradient(
 
     def gradients() -> list[torch.Tensor]:
         model.train().zero_grad()
-        response_loss(model, batch, on_inputs=False).backward()
+        response_loss(model, batch).backward()
         return [p.grad.clone() for p in model.parameters() if p.requires_grad]
 
     before = gradients()
@@ -294,7 +293,7 @@ def test_gradient_checkpointing_changes_no_gradient(prompts: PromptBuilder, tiny
         base = load_causal_lm(tiny_llama, device=CPU, in_4bit=False)
         model = add_lora(base, **(LORA | {"gradient_checkpointing": checkpointing})).train()
         assert getattr(base.model, "gradient_checkpointing", False) == checkpointing
-        response_loss(model, batch, on_inputs=False).backward()
+        response_loss(model, batch).backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     for plain, recomputed in zip(*gradients):
         torch.testing.assert_close(plain, recomputed)

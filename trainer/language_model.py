@@ -1,0 +1,150 @@
+"""The language model that the ranker and the augmentation tune: found, checked, with adapters.
+
+Nothing here imports torch before it must, so that mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from tokenizers import Tokenizer
+
+from config import TOKENS_PER_BATCH, LanguageModelConfig, UserError, cuda_driver
+from model.hub import (
+    LARGE_MODEL,
+    SMALL_MODEL,
+    BaseModel,
+    end_of_sequence,
+    find_model,
+    load_tokenizer,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from accelerate import Accelerator
+    from peft import PeftModel
+
+
+class LanguageModel(NamedTuple):
+    """A base model on disk and how it is to be loaded.
+
+    Attributes:
+        base: its files.
+        tokenizer: its tokenizer, or the one asked for.
+        eos_id: token that ends a sequence.
+        device: ``cpu`` or ``cuda``.
+        in_4bit: whether the frozen weights are quantised to NF4.
+        max_tokens: most tokens that pass through it at once in training.
+    """
+
+    base: BaseModel
+    tokenizer: Tokenizer
+    eos_id: int
+    device: str
+    in_4bit: bool
+    max_tokens: int
+
+    def details(self) -> dict[str, object]:
+        """What shapes a run's results, for its ``config.json``."""
+        return {
+            "device": self.device,
+            "llm_base_model": self.base.name,
+            "llm_revision": self.base.revision,
+            "llm_load_in_4bit": self.in_4bit,
+            "tokens_per_batch": self.max_tokens,
+        }
+
+
+def find_language_model(config: LanguageModelConfig) -> LanguageModel:
+    """Bring the model that the flags name to disk, and read its tokenizer.
+
+    Raises:
+        UserError: there is none, or it lacks what it needs.
+    """
+    on_cuda = config.device != "cpu" and cuda_driver()
+    if on_cuda and config.device is None:
+        import torch
+
+        on_cuda = torch.cuda.is_available()
+    device = "cuda" if on_cuda else "cpu"
+    name = config.llm_base_model or (LARGE_MODEL if on_cuda else SMALL_MODEL)
+    if config.llm_base_model is None:
+        print(f"base model: {name}, the default {'on CUDA' if on_cuda else 'without CUDA'}")
+    where = {"cache_root": config.cache_root, "hub_cache": config.llm_cache_dir}
+    base = tokenizer_from = find_model(name, **where)
+    if config.llm_base_tokenizer:
+        flag = "--llm_base_tokenizer"
+        tokenizer_from = find_model(config.llm_base_tokenizer, **where, flag=flag)
+    tokenizer = load_tokenizer(tokenizer_from.folder)
+    return LanguageModel(
+        base=base,
+        tokenizer=tokenizer,
+        eos_id=end_of_sequence(tokenizer_from.folder, tokenizer),
+        device=device,
+        in_4bit=on_cuda if config.llm_load_in_4bit is None else config.llm_load_in_4bit,
+        max_tokens=config.tokens_per_batch or TOKENS_PER_BATCH[device],
+    )
+
+
+def load_with_adapters(
+    language_model: LanguageModel, config: LanguageModelConfig, accelerator: Accelerator
+) -> tuple[PeftModel, bool]:
+    """Load the model, frozen, with fresh adapters; also whether it recomputes activations.
+
+    Raises:
+        UserError: its vocabulary, its positions or its modules do not suit the flags.
+    """
+    from model.ranker import add_lora, load_causal_lm, needs_checkpointing
+
+    base, tokenizer = language_model.base, language_model.tokenizer
+    model = load_causal_lm(base.folder, device=accelerator.device, in_4bit=language_model.in_4bit)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if tokenizer.get_vocab_size() > vocabulary:
+        raise UserError(
+            f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model {vocabulary}: "
+            "--llm_base_tokenizer must fit --llm_base_model"
+        )
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and config.llm_max_text_len > longest:
+        raise UserError(
+            f"--llm_max_text_len {config.llm_max_text_len}: {base.name} reads at most {longest}"
+        )
+    checkpointing = config.gradient_checkpointing == "true"
+    if config.gradient_checkpointing == "auto":
+        checkpointing = needs_checkpointing(model, language_model.max_tokens)
+    model = add_lora(
+        model,
+        rank=config.lora_r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+        gradient_checkpointing=checkpointing,
+    )
+    return model, checkpointing
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write the adapters in PEFT's format, whole or not at all."""
+    from storage import atomic_folder
+
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary, save_embedding_layers=False)
+
+
+def load_adapter(model: PeftModel, folder: Path) -> None:
+    """Put the adapters that ``save_adapter`` wrote into the model.
+
+    Raises:
+        UserError: they are missing or damaged.
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(folder / "adapter_model.safetensors", device=str(model.device))
+        set_peft_model_state_dict(model, weights)
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder} holds no adapter that fits ({reason}): tune it again") from error
