@@ -219,7 +219,7 @@ def train(
             f"{config.retrieved_dir}: no user's answer is among the candidates, there is nothing "
             "to rank; train the retriever longer"
         )
-    model, checkpointing = load_with_adapters(language_model, config, accelerator)
+    model = load_with_adapters(language_model, config, accelerator)
     optimizer = build_optimizer(
         model,
         config.optimizer,
@@ -238,7 +238,7 @@ def train(
     model, optimizer, train_loader, loaders["val"], loaders["test"] = accelerator.prepare(
         model, optimizer, train_loader, loaders["val"], loaders["test"]
     )
-    details["gradient_checkpointing"] = checkpointing
+    details["gradient_checkpointing"] = accelerator.unwrap_model(model).is_gradient_checkpointing
     log = run.open_run(run_dir, config, details, OUTPUTS, accelerator)
     label_ids = torch.from_numpy(prompts.label_ids).to(accelerator.device)
     adapter = run_dir / "adapter"

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from augmentation.merge import Interactions, load_augmented, merge
 from config import RETRIEVER_PRESETS, RetrieverConfig, UserError, check_device, parse, run_main
 from datasets import SequenceDataset, load_dataset
 from datasets.base import Filters
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             f"--num_candidates {config.num_candidates}: {data.code} has {data.num_items} items"
         )
+    augmented = load_augmented(Path(config.augmented), data) if config.augmented else None
     # A search goes on with what is there of it: its runs resume on their own.
     if not (config.search and (config.run_dir / folder.SEARCH).exists()):
         folder.check_replaceable(config.run_dir, OUTPUTS, config)
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if config.search:
             search(config, sys.argv[1:] if argv is None else argv)
         else:
-            train(config, data, encodings)
+            train(config, data, augmented, encodings)
 
 
 def title_encodings(config: RetrieverConfig, data: SequenceDataset) -> np.ndarray:
@@ -106,7 +108,12 @@ def search(config: RetrieverConfig, words: Sequence[str]) -> None:
     print(f"\nwritten to {run_dir}")
 
 
-def train(config: RetrieverConfig, data: SequenceDataset, encodings: np.ndarray | None) -> None:
+def train(
+    config: RetrieverConfig,
+    data: SequenceDataset,
+    augmented: Interactions | None,
+    encodings: np.ndarray | None,
+) -> None:
     """Train, select on validation, evaluate on the test split and write the run's files."""
     # Imported late, so that the mistakes above answer without waiting for torch.
     from safetensors.torch import load_model, save_model
@@ -131,13 +138,17 @@ def train(config: RetrieverConfig, data: SequenceDataset, encodings: np.ndarray 
     from trainer.retriever import catalogue_loss, retrieve
 
     run_dir = config.run_dir
-    fingerprint = folder.fingerprint(config.as_dict(), data)
+    fingerprint = folder.fingerprint(
+        config.as_dict(), data, *(x.tobytes() for x in augmented or ())
+    )
     if config.resume and folder.is_finished(run_dir, OUTPUTS, fingerprint):
         print(f"{run_dir} is finished, there is nothing to resume")
         print(run.metrics_table({"test": read_json(run_dir / "test_metrics.json")}))
         return
     accelerator = run.make_accelerator(config.device, config.seed)
-    cut = (data, config.max_len, config.sliding_window_size)
+    # Written interactions are there in training alone: histories and answers stay as they are.
+    training = merge(data, augmented, config.augmented_place) if augmented else data
+    cut = (training, config.max_len, config.sliding_window_size)
     if config.model_code == "bert":
         windows = MaskedWindows(*cut, config.mask_prob, config.seed)
         mask_token = windows.mask_token
@@ -169,7 +180,7 @@ def train(config: RetrieverConfig, data: SequenceDataset, encodings: np.ndarray 
         set_item_embeddings(model.embedding.weight, encodings)
     if config.negatives:
         cross_entropy = SampledCrossEntropy(
-            data.training_counts(), config.negatives, accelerator.device
+            training.training_counts(), config.negatives, accelerator.device
         )
     else:
         cross_entropy = partial(linear_cross_entropy, label_smoothing=config.label_smoothing)

@@ -34,6 +34,16 @@ _JOIN = " \n"
 _ANCHOR = ")"  # what stands before a piece while it is tokenised
 
 
+def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[str]) -> list[np.ndarray]:
+    """Token ids of pieces as they are in a text, where each begins with a space and follows
+    another character.
+    """
+    anchor = tokenizer.encode(_ANCHOR, add_special_tokens=False).ids
+    texts = [_ANCHOR + piece for piece in pieces]
+    encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+    return [np.array(e.ids[len(anchor) :], dtype=np.int64) for e in encodings]
+
+
 class PromptBuilder:
     """Builds prompts for one data set with one tokenizer.
 
@@ -71,20 +81,13 @@ class PromptBuilder:
 
         self.titles = ["", *self._shorten(titles[1:], max_title_len)]
         plain = [f" {title}" for title in self.titles]
-        self._title = self._encode(plain)
-        self._last_of_history = self._encode([f"{x}{self.between}(A)" for x in plain])
-        self._last_candidate = self._encode([f"{x}{self.after}{_TAIL}" for x in plain])
+        self._title = encode_pieces(tokenizer, plain)
+        self._last_of_history = encode_pieces(tokenizer, [f"{x}{self.between}(A)" for x in plain])
+        self._last_candidate = encode_pieces(tokenizer, [f"{x}{self.after}{_TAIL}" for x in plain])
         self._begin = np.array(tokenizer.encode(f"{self.head}(1)").ids, dtype=np.int64)
-        self._number = self._encode([f"{_JOIN} ({n})" for n in range(1, max_text_len)])
-        self._letter = self._encode([f"{_JOIN} ({label})" for label in self.labels])
+        self._number = encode_pieces(tokenizer, [f"{_JOIN} ({n})" for n in range(1, max_text_len)])
+        self._letter = encode_pieces(tokenizer, [f"{_JOIN} ({label})" for label in self.labels])
         self._check_length()
-
-    def _encode(self, pieces: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of pieces that begin with a space and follow a closing bracket."""
-        encode = self.tokenizer.encode_batch
-        anchor = self.tokenizer.encode(_ANCHOR, add_special_tokens=False).ids
-        encodings = encode([_ANCHOR + piece for piece in pieces], add_special_tokens=False)
-        return [np.array(e.ids[len(anchor) :], dtype=np.int64) for e in encodings]
 
     def _shorten(self, titles: Sequence[str], max_title_len: int) -> list[str]:
         """Titles cut to the limit, at the start of the first token too many."""

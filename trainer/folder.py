@@ -22,7 +22,7 @@ SEARCH = "search.json"
 SEARCH_RUNS = "search"
 ROOT = Path(__file__).parent.parent
 # The code that shapes a run's results.
-SOURCES = ("datasets", "dataloader", "model", "trainer", "metrics.py")
+SOURCES = ("datasets", "dataloader", "model", "trainer", "augmentation", "metrics.py")
 # Where a run's files lie and how it is handled.
 HANDLING = {
     "resume",
@@ -38,6 +38,9 @@ HANDLING = {
     "interactions",
     "items",
     "llm_retrieved_path",
+    "retriever_path",
+    "augmented",
+    "reuse",
     "search",
     "search_weight_decay",
     "search_dropout",
@@ -91,6 +94,22 @@ def locked(run_dir: Path) -> Iterator[None]:
                 path.rmdir()
 
 
+def is_started(run_dir: Path, outputs: Sequence[str], fingerprint: str) -> bool:
+    """Whether the folder holds any of this run's outputs.
+
+    Raises:
+        UserError: it holds those of a run with another fingerprint.
+    """
+    if not any((run_dir / name).exists() for name in outputs):
+        return False
+    if read_json(run_dir / "config.json").get("fingerprint") != fingerprint:
+        raise UserError(
+            f"{run_dir} holds a run with other flags, data or code: resume with the flags in its "
+            "config.json, name another --export_root, or replace it with --overwrite true"
+        )
+    return True
+
+
 def is_finished(run_dir: Path, outputs: Sequence[str], fingerprint: str) -> bool:
     """Whether the folder holds all of this run's outputs and no checkpoint to go on from.
 
@@ -99,12 +118,7 @@ def is_finished(run_dir: Path, outputs: Sequence[str], fingerprint: str) -> bool
     """
     if (run_dir / CHECKPOINT).exists() or not all((run_dir / name).exists() for name in outputs):
         return False
-    if read_json(run_dir / "config.json").get("fingerprint") != fingerprint:
-        raise UserError(
-            f"{run_dir} holds a finished run with other flags, data or code: resume with the flags "
-            "in its config.json, name another --export_root, or replace it with --overwrite true"
-        )
-    return True
+    return is_started(run_dir, outputs, fingerprint)
 
 
 def check_replaceable(run_dir: Path, outputs: Sequence[str], config: CommonConfig) -> None:

@@ -89,8 +89,8 @@ def find_language_model(config: LanguageModelConfig) -> LanguageModel:
 
 def load_with_adapters(
     language_model: LanguageModel, config: LanguageModelConfig, accelerator: Accelerator
-) -> tuple[PeftModel, bool]:
-    """Load the model, frozen, with fresh adapters; also whether it recomputes activations.
+) -> PeftModel:
+    """Load the model, frozen, with fresh adapters.
 
     Raises:
         UserError: its vocabulary, its positions or its modules do not suit the flags.
@@ -113,7 +113,7 @@ def load_with_adapters(
     checkpointing = config.gradient_checkpointing == "true"
     if config.gradient_checkpointing == "auto":
         checkpointing = needs_checkpointing(model, language_model.max_tokens)
-    model = add_lora(
+    return add_lora(
         model,
         rank=config.lora_r,
         alpha=config.lora_alpha,
@@ -121,7 +121,6 @@ def load_with_adapters(
         target_modules=config.lora_target_modules,
         gradient_checkpointing=checkpointing,
     )
-    return model, checkpointing
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:

@@ -49,6 +49,7 @@ def open_run(
     details: dict[str, Any],
     outputs: Sequence[str],
     accelerator: Accelerator,
+    resumed: bool | None = None,
 ) -> RunLog:
     """Make the run's folder ready and, unless it is resumed, write its ``config.json``.
 
@@ -58,10 +59,12 @@ def open_run(
         details: what is to be known of the run besides, e.g. the resolved device.
         outputs: names of the run's files and folders.
         accelerator: only its main process writes.
+        resumed: whether to leave what is in the folder; if None, where there is a checkpoint.
     """
     tracker = None
-    if accelerator.is_main_process:
+    if resumed is None:
         resumed = config.resume and (run_dir / CHECKPOINT).exists()
+    if accelerator.is_main_process:
         if not resumed:
             clear(run_dir, outputs)
             versions = {"torch": torch.__version__, "commit": _commit()}
