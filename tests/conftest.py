@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from datasets import SequenceDataset, load_dataset
+from datasets.base import Filters
+
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -70,6 +73,19 @@ def toy_flags(toy: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
         "--dataset_code", "custom", "--interactions", toy["interactions"], "--items", toy["items"],
         "--cache_root", tmp_path_factory.mktemp("cache"),
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def toy_data(toy: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> SequenceDataset:
+    """The toy data as the scripts read it."""
+    return load_dataset(
+        "custom",
+        data_root="",
+        cache_root=str(tmp_path_factory.mktemp("cache")),
+        filters=Filters(),
+        interactions=str(toy["interactions"]),
+        items=str(toy["items"]),
+    )
 
 
 @pytest.fixture(scope="session")
