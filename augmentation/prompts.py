@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from tokenizers import Tokenizer
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from dataloader.prompt import encode_pieces
 from dataloader.ranker import Batch, pad_left, training_batches
@@ -173,9 +174,8 @@ class GenerationPrompts:
 
     def __init__(self, data: SequenceDataset, prompts: IdPrompts, batch_size: int) -> None:
         self.pad_id = prompts.eos_id
-        self.prompts = [
-            prompts.encode(user, training_history(data, user)) for user in range(data.num_users)
-        ]
+        users = tqdm(range(data.num_users), desc="prompts", unit="user", dynamic_ncols=True)
+        self.prompts = [prompts.encode(user, training_history(data, user)) for user in users]
         order = np.argsort([-len(prompt) for prompt in self.prompts], kind="stable")
         self.batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 

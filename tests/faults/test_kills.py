@@ -27,6 +27,11 @@ RANKER = [
     "train_ranker.py", "--device", "cpu", "--max_steps", 30, "--lora_val_iterations", 10,
     "--train_batch_size", 8, "--save_seconds", 0.2,
 ]  # fmt: skip
+AUGMENTATION = [
+    "augment_data.py", "--device", "cpu", "--max_steps", 30, "--lora_val_iterations", 10,
+    "--train_batch_size", 8, "--max_new_tokens", 60, "--test_batch_size", 4,
+    "--constrained", "true", "--save_seconds", 0.2,
+]  # fmt: skip
 
 
 def start(command: list, folder: Path) -> subprocess.Popen:
@@ -98,3 +103,12 @@ def test_many_kills_of_retrievers(command: list, seed: int, toy_flags: list, tmp
 def test_many_kills_of_rankers(seed: int, retrieved: Path, tiny_llama: Path, tmp_path: Path):
     inputs = ["--llm_retrieved_path", retrieved, "--llm_base_model", tiny_llama]
     campaign([*RANKER, *inputs, "--seed", seed], 13, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_many_kills_of_augmentations(
+    seed: int, toy_flags: list, retrieved: Path, tiny_llama: Path, tmp_path: Path
+):
+    inputs = ["--llm_base_model", tiny_llama, "--retriever_path", retrieved]
+    campaign([*AUGMENTATION, *toy_flags, *inputs, "--seed", seed], 13, tmp_path)
