@@ -20,6 +20,7 @@ from config import (
     check_device,
     cuda_driver,
     parse,
+    reread,
     run_main,
 )
 from dataloader.candidates import FILE_NAME, Candidates, load_candidates
@@ -30,11 +31,12 @@ from model.hub import (
     LARGE_MODEL,
     SMALL_MODEL,
     BaseModel,
+    check_fits,
     end_of_sequence,
     find_model,
     load_tokenizer,
 )
-from storage import read_json
+from storage import read_json, reading
 from trainer import folder
 
 if TYPE_CHECKING:
@@ -68,16 +70,17 @@ def retriever_settings(given: dict[str, Any]) -> dict[str, Any]:
         )
     if not (folder / "config.json").exists():
         return {}
-    settings = read_json(folder / "config.json")
-    if not isinstance(settings, dict):
-        raise UserError(f"{folder / 'config.json'} holds no settings: run train_retriever.py again")
-    code = settings.get("dataset_code")
-    if given.get("dataset_code", code) != code:
-        raise UserError(
-            f"--llm_retrieved_path {folder} belongs to another data set, {code}: leave out "
-            f"--dataset_code {given['dataset_code']} or name its retriever's folder"
-        )
-    return {name: settings[name] for name in INHERITED if name in settings}
+    path = folder / "config.json"
+    settings = read_json(path)
+    with reading(path, "run train_retriever.py again"):
+        settings = reread(RankerConfig, {k: settings[k] for k in INHERITED if k in settings})
+    for name in ("dataset_code", *Filters._fields):
+        if name in given and given[name] != settings.get(name, given[name]):
+            raise UserError(
+                f"--{name} {given[name]}: {folder} was made with {settings[name]}; leave the flag "
+                "out or name another --llm_retrieved_path"
+            )
+    return settings
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -94,6 +97,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print(data.summary())
     candidates = load_candidates(config.retrieved_dir / FILE_NAME, data)
+    if not all(len(split.retrieved) for split in candidates.values()):
+        raise UserError(
+            f"{config.retrieved_dir}: no user's answer is among the candidates, there is nothing "
+            "to rank; train the retriever longer"
+        )
 
     on_cuda = config.device != "cpu" and cuda_driver()
     if on_cuda and config.device is None:
@@ -114,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     tokenizer = load_tokenizer(tokenizer_from.folder)
     eos_id = end_of_sequence(tokenizer_from.folder, tokenizer)
+    check_fits(base, tokenizer, config.llm_max_text_len, config.lora_target_modules)
     prompts = PromptBuilder(
         tokenizer,
         data.titles,
@@ -255,25 +264,9 @@ def train(
         )
         for split, batch_size in (("val", config.val_batch_size), ("test", config.test_batch_size))
     }
-    if not len(loaders["val"].dataset) or not len(loaders["test"].dataset):
-        raise UserError(
-            f"{config.retrieved_dir}: no user's answer is among the candidates, there is nothing "
-            "to rank; train the retriever longer"
-        )
     causal_lm = load_causal_lm(
         base.folder, device=accelerator.device, in_4bit=details["llm_load_in_4bit"]
     )
-    vocabulary = causal_lm.get_input_embeddings().num_embeddings
-    if prompts.tokenizer.get_vocab_size() > vocabulary:
-        raise UserError(
-            f"the tokenizer has {prompts.tokenizer.get_vocab_size()} tokens, the model "
-            f"{vocabulary}: --llm_base_tokenizer must fit --llm_base_model"
-        )
-    longest = getattr(causal_lm.config, "max_position_embeddings", None)
-    if longest is not None and config.llm_max_text_len > longest:
-        raise UserError(
-            f"--llm_max_text_len {config.llm_max_text_len}: {base.name} reads at most {longest}"
-        )
     checkpointing = config.gradient_checkpointing == "true"
     if config.gradient_checkpointing == "auto":
         checkpointing = needs_checkpointing(causal_lm, max_tokens)
@@ -350,8 +343,9 @@ def train(
     progress = trainer.fit(config.resume)
 
     accelerator.wait_for_everyone()
-    weights = load_file(adapter / "adapter_model.safetensors", device=str(accelerator.device))
-    set_peft_model_state_dict(accelerator.unwrap_model(model), weights)
+    with reading(adapter / "adapter_model.safetensors", "start anew with --overwrite true"):
+        weights = load_file(adapter / "adapter_model.safetensors", device=str(accelerator.device))
+        set_peft_model_state_dict(accelerator.unwrap_model(model), weights)
     model.eval()
     if "best" not in val_scores:  # found before the run was interrupted
         val_scores["best"] = score("val", "validate")

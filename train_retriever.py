@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from config import RETRIEVER_PRESETS, RetrieverConfig, UserError, check_device, parse, run_main
 from datasets import SequenceDataset, load_dataset
 from datasets.base import Filters
-from storage import read_json
+from storage import read_json, reading
 from trainer import folder
 
 if TYPE_CHECKING:
@@ -247,7 +247,8 @@ def train(config: RetrieverConfig, data: SequenceDataset, encodings: np.ndarray 
     progress = trainer.fit(config.resume)
 
     accelerator.wait_for_everyone()
-    load_model(accelerator.unwrap_model(model), str(weights), device=str(accelerator.device))
+    with reading(weights, "start anew with --overwrite true"):
+        load_model(accelerator.unwrap_model(model), str(weights), device=str(accelerator.device))
     model.eval()
     val_metrics = validate()
     candidates = {
