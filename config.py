@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import math
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ NO_EFFECT = {  # flags that a model does not read
     "narm": ("num_heads", "mask_prob"),
 }
 METRICS = ("Recall", "MRR", "NDCG")
+LARGEST = 2**31 - 1  # of whole numbers
 TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 1024}  # the default of the flag
 
 
@@ -53,20 +55,23 @@ def _number(kind: type, lowest: float, highest: float, open_end: bool = False) -
         except ValueError:
             noun = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"'{text}' is not {noun}") from None
-        if not lowest <= value <= highest or (open_end and value == highest):
-            limit = (
-                f"at least {lowest}" if highest == float("inf") else f"from {lowest} to {highest}"
-            )
-            raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {limit}")
-        return value
+        if math.isnan(value):
+            raise argparse.ArgumentTypeError(f"'{text}' is not a number")
+        if value < lowest:
+            limit = f"at least {lowest}"
+        elif value > highest or (open_end and value == highest):
+            limit = f"{'below' if open_end else 'at most'} {highest}"
+        else:
+            return value
+        raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {limit}")
 
     return read
 
 
-positive = _number(int, 1, float("inf"))
-count = _number(int, 0, float("inf"))
-real = _number(float, 0.0, float("inf"), open_end=True)
-rating = _number(float, -float("inf"), float("inf"))
+positive = _number(int, 1, LARGEST)
+count = _number(int, 0, LARGEST)
+real = _number(float, 0.0, math.inf, open_end=True)
+rating = _number(float, -math.inf, math.inf)
 probability = _number(float, 0.0, 1.0, open_end=True)
 
 
@@ -527,8 +532,6 @@ def parse(
     given = vars(parser.parse_args(argv))
     idle = {*foreign, *NO_EFFECT.get(given.get("model_code", "lru"), ())}
     unused = [f"--{name}" for name in given if name in idle]
-    if unused:
-        print(f"note: no effect on this run: {' '.join(unused)}", file=sys.stderr)
     given = {
         k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k not in foreign
     }
@@ -536,7 +539,30 @@ def parse(
     if given.get("dataset_code") is None:
         given["dataset_code"] = _ask_dataset()
     preset = presets.get(given.get("preset", "paper"), {}).get(given["dataset_code"], {})
-    return config(**{**preset, **given})
+    settings = config(**{**preset, **given})
+    if unused:
+        print(f"note: no effect on this run: {' '.join(unused)}", file=sys.stderr)
+    return settings
+
+
+def reread(config: type[CommonConfig], settings: dict[str, Any]) -> dict[str, Any]:
+    """Check settings from a file as if they were given as flags.
+
+    Raises:
+        ValueError: a value is none that its flag takes.
+    """
+    checked = {}
+    for name, value in settings.items():
+        spec = _flags(config)[name]
+        try:
+            checked[name] = None if value is None else spec.metadata["type"](str(value))
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"{name}: {error}") from error
+        if (value is None and spec.default is not None) or (
+            checked[name] not in spec.metadata.get("choices", [checked[name]])
+        ):
+            raise ValueError(f"{name} is {value}")
+    return checked
 
 
 def _ask_dataset() -> str:
@@ -579,6 +605,17 @@ def _terminate(*_: object) -> None:
     raise Terminated
 
 
+def _user_message(error: Exception) -> str | None:
+    """What to tell the user of an error; None if it is the program's own."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch's on the CPU
+        return "the memory is full: lower the sizes of the model, the batches or --num_workers"
+    return None
+
+
 def run_main(main: Callable[[Sequence[str] | None], None]) -> None:
     """Run an entry script.
 
@@ -588,8 +625,11 @@ def run_main(main: Callable[[Sequence[str] | None], None]) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         main(None)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        message = _user_message(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
         print("interrupted: the same command with --resume true goes on", file=sys.stderr)

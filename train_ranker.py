@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import RankerConfig, UserError, check_device, parse, run_main
+from config import RankerConfig, UserError, check_device, parse, reread, run_main
 from dataloader.candidates import FILE_NAME, Candidates, load_candidates
 from dataloader.prompt import PromptBuilder
 from datasets import SequenceDataset, load_dataset
 from datasets.base import Filters
-from storage import read_json
+from storage import read_json, reading
 from trainer import folder
 from trainer.language_model import (
     LanguageModel,
@@ -58,16 +58,17 @@ def retriever_settings(given: dict[str, Any]) -> dict[str, Any]:
         )
     if not (folder / "config.json").exists():
         return {}
-    settings = read_json(folder / "config.json")
-    if not isinstance(settings, dict):
-        raise UserError(f"{folder / 'config.json'} holds no settings: run train_retriever.py again")
-    code = settings.get("dataset_code")
-    if given.get("dataset_code", code) != code:
-        raise UserError(
-            f"--llm_retrieved_path {folder} belongs to another data set, {code}: leave out "
-            f"--dataset_code {given['dataset_code']} or name its retriever's folder"
-        )
-    return {name: settings[name] for name in INHERITED if name in settings}
+    path = folder / "config.json"
+    settings = read_json(path)
+    with reading(path, "run train_retriever.py again"):
+        settings = reread(RankerConfig, {k: settings[k] for k in INHERITED if k in settings})
+    for name in ("dataset_code", *Filters._fields):
+        if name in given and given[name] != settings.get(name, given[name]):
+            raise UserError(
+                f"--{name} {given[name]}: {folder} was made with {settings[name]}; leave the flag "
+                "out or name another --llm_retrieved_path"
+            )
+    return settings
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -84,6 +85,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print(data.summary())
     candidates = load_candidates(config.retrieved_dir / FILE_NAME, data)
+    if not all(len(split.retrieved) for split in candidates.values()):
+        raise UserError(
+            f"{config.retrieved_dir}: no user's answer is among the candidates, there is nothing "
+            "to rank; train the retriever longer"
+        )
 
     language_model = find_language_model(config)
     prompts = PromptBuilder(
@@ -214,11 +220,6 @@ def train(
         )
         for split, batch_size in (("val", config.val_batch_size), ("test", config.test_batch_size))
     }
-    if not len(loaders["val"].dataset) or not len(loaders["test"].dataset):
-        raise UserError(
-            f"{config.retrieved_dir}: no user's answer is among the candidates, there is nothing "
-            "to rank; train the retriever longer"
-        )
     model = load_with_adapters(language_model, config, accelerator)
     optimizer = build_optimizer(
         model,

@@ -16,7 +16,7 @@ from augmentation.merge import Interactions, load_augmented, merge
 from config import RETRIEVER_PRESETS, RetrieverConfig, UserError, check_device, parse, run_main
 from datasets import SequenceDataset, load_dataset
 from datasets.base import Filters
-from storage import read_json
+from storage import read_json, reading
 from trainer import folder
 
 if TYPE_CHECKING:
@@ -258,7 +258,8 @@ def train(
     progress = trainer.fit(config.resume)
 
     accelerator.wait_for_everyone()
-    load_model(accelerator.unwrap_model(model), str(weights), device=str(accelerator.device))
+    with reading(weights, "start anew with --overwrite true"):
+        load_model(accelerator.unwrap_model(model), str(weights), device=str(accelerator.device))
     model.eval()
     val_metrics = validate()
     candidates = {

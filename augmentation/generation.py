@@ -17,7 +17,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from augmentation.prompts import GenerationPrompts, IdPrompts
 from config import UserError
-from storage import atomic_path
+from storage import atomic_path, reading
 
 
 class Written(NamedTuple):
@@ -116,13 +116,9 @@ def read_written(path: Path) -> dict[int, Written]:
     """
     if not path.exists():
         return {}
-    try:
+    with reading(path, "delete it, and --resume true writes it anew"):
         records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
         return {int(r["user"]): Written(str(r["text"]), bool(r["ended"])) for r in records}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged: delete it, and --resume true writes it anew"
-        ) from error
 
 
 def save_written(path: Path, written: dict[int, Written]) -> None:

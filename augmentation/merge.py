@@ -7,7 +7,6 @@ sequences and so the split. It loads without pickle.
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +15,7 @@ import numpy as np
 
 from config import UserError
 from datasets import SequenceDataset
-from storage import atomic_path
+from storage import atomic_path, read_arrays, reading
 
 FILE_NAME = "augmented.npz"
 
@@ -52,12 +51,9 @@ def load_augmented(folder: Path, data: SequenceDataset) -> Interactions:
             "augment_data.py"
         )
     again = "run augment_data.py again"
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            users, items, fingerprint = file["users"], file["items"], str(file["fingerprint"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is damaged ({reason}): {again}") from error
+    with reading(path, again):
+        arrays = read_arrays(path)
+        users, items, fingerprint = arrays["users"], arrays["items"], str(arrays["fingerprint"])
     if fingerprint != data.fingerprint:
         raise UserError(
             f"{path} belongs to another data set than {data.code} or to other filters: {again} "

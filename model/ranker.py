@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from config import UserError
 from model.layers import Dropout
+from storage import reason
 
 PROBE_TOKENS = 64
 MEMORY_SHARE = 0.8  # of what is free; the rest is for gradients, temporaries and fragmentation
@@ -50,9 +51,10 @@ def load_causal_lm(folder: Path, *, device: torch.device, in_4bit: bool) -> PreT
             trust_remote_code=False,
             use_safetensors=True,
         )
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--llm_base_model: cannot load {folder}: {reason}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # transformers does not say what it raises
+        raise UserError(f"--llm_base_model: cannot load {folder}: {reason(error)}") from error
     # On CPUs with AVX512-BF16, bitsandbytes repacks NF4 weights at the first evaluation into a
     # layout that has no backward pass: training that goes on would silently lose gradients.
     for module in model.modules():
@@ -132,7 +134,7 @@ def add_lora(
         gradient_checkpointing: recompute activations in the backward pass to save memory.
 
     Raises:
-        UserError: the model has no such modules.
+        UserError: these modules cannot have adapters.
     """
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -147,12 +149,8 @@ def add_lora(
     try:
         model = get_peft_model(model, adapters)
     except ValueError as error:
-        names = {
-            name.rsplit(".", 1)[-1] for name, m in model.named_modules() if not [*m.children()]
-        }
         raise UserError(
-            f"--lora_target_modules {' '.join(target_modules)}: not all in this model, which has "
-            + ", ".join(sorted(names))
+            f"--lora_target_modules {' '.join(target_modules)}: {reason(error)}"
         ) from error
     for module in model.modules():
         for name in getattr(module, "lora_dropout", ()):

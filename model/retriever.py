@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 
@@ -13,7 +12,7 @@ from config import UserError
 from model.lru import LRURec
 from model.narm import NARM
 from model.transformer import TransformerRec
-from storage import read_json
+from storage import read_json, reason
 
 
 def build_retriever(
@@ -82,10 +81,9 @@ def load_retriever(folder: Path, num_items: int) -> TrainedRetriever:
             attn_dropout=settings["attn_dropout"],
         )
         load_model(model, str(folder / "model.safetensors"))
-    except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # settings and weights may be anything
         raise UserError(
-            f"{folder}: cannot load the retriever ({reason}): train it again"
+            f"{folder}: cannot load the retriever ({reason(error)}): train it again"
         ) from error
     mask_token = num_items + 1 if settings["model_code"] == "bert" else None
     return TrainedRetriever(model.eval(), settings["max_len"], mask_token)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from config import UserError
 from model.hub import BaseModel
-from storage import atomic_path
+from storage import atomic_path, reason
 
 BATCH_SIZE = 64
 MAX_TOKENS = 64
@@ -30,8 +31,15 @@ def encode_titles(encoder: BaseModel, titles: list[str], device: torch.device | 
     from transformers import AutoModel, AutoTokenizer
 
     options = {"local_files_only": True, "trust_remote_code": False}
-    tokenizer = AutoTokenizer.from_pretrained(encoder.folder, **options)
-    model = AutoModel.from_pretrained(encoder.folder, dtype=torch.float32, **options)
+    try:
+        model = AutoModel.from_pretrained(
+            encoder.folder, dtype=torch.float32, use_safetensors=True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(encoder.folder, **options)
+    except Exception as error:  # transformers does not say what it raises
+        raise UserError(
+            f"--title_encoder: cannot load {encoder.folder}: {reason(error)}"
+        ) from error
     model = model.to(device).eval()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -66,7 +74,7 @@ def cached_title_encodings(
         encodings = np.load(path, allow_pickle=False)
         if len(encodings) == len(titles):
             return encodings
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, MemoryError):
         pass  # absent or damaged
     encodings = encode_titles(encoder, titles, device)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:

@@ -1,6 +1,5 @@
-"""Flags: what the user passes wins, everything is understood, mistakes are one line."""
+"""Flags: what the user passes wins, everything is understood."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -68,8 +67,6 @@ def test_flags_win_over_presets():
 def test_booleans_are_read():
     for text, value in (("false", False), ("False", False), ("0", False), ("TRUE", True)):
         assert retriever("--dataset_code", "games", "--use_wandb", text).use_wandb is value
-    with pytest.raises(UserError, match="neither true nor false"):
-        retriever("--dataset_code", "games", "--use_wandb", "maybe")
 
 
 def test_names_of_the_reference_are_aliases():
@@ -91,44 +88,6 @@ def test_config_is_frozen():
         retriever("--dataset_code", "games").lr = 1
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--metric_ks 0",
-        "--metric_ks 5 ten",
-        "--lr -1",
-        "--dropout 1.0",
-        "--max_len 0",
-        "--min_uc 2",
-        "--best_metric Recall@7",
-        "--best_metric Accuracy@10",
-        "--sliding_window_size 0.001",
-        "--model_code gru",
-        "--device tpu",
-        "--learning_rate 0.1",
-        "--lr nan",
-        "--use_wandb perhaps",
-        "--dataset_code netflix",
-        "--dataset_code custom",
-        "--interactions a.csv",
-    ],
-)
-def test_mistakes_are_one_line(flags: str):
-    words = flags.split()
-    if "--dataset_code" not in words:
-        words = ["--dataset_code", "games", *words]
-    with pytest.raises(UserError) as caught:
-        retriever(*words)
-    message = str(caught.value)
-    assert "\n" not in message and re.search(r"--?\w", message)
-
-
-def test_ranker_mistakes():
-    for flags in ("--llm_input_template {}", "--lora_r 0", "--rerank_metric_ks 5"):
-        with pytest.raises(UserError):
-            ranker("--dataset_code", "games", *flags.split())
-
-
 def test_dataset_is_asked_for_at_a_terminal(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     for answer, code in (("1", "ml-100k"), ("b", "beauty"), ("g ", "games"), ("beauty", "beauty")):
@@ -140,12 +99,11 @@ def test_dataset_is_asked_for_at_a_terminal(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("script", ["train_retriever.py", "train_ranker.py"])
-def test_help_and_mistakes_need_no_torch(script: str, tmp_path: Path):
+def test_help_and_flags_need_no_torch(script: str, tmp_path: Path):
     blocked = tmp_path / "torch.py"
     blocked.write_text("raise SystemExit('torch was imported')\n")
     env = {"PYTHONPATH": str(tmp_path)}
     done = run_script(script, "--help", env=env)
     assert done.returncode == 0 and "--dataset_code" in done.stdout, done.stderr
     done = run_script(script, env=env)
-    assert done.returncode == 2
-    assert "--dataset_code is missing" in done.stderr and "beauty" in done.stderr
+    assert done.returncode == 2 and "--dataset_code is missing" in done.stderr

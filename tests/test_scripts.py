@@ -1,14 +1,11 @@
-"""Both scripts as a user runs them: files, reproducibility, resuming, mistakes."""
+"""Both scripts as a user runs them: files, reproducibility, resuming."""
 
-import gzip
-import http.server
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -209,12 +206,6 @@ def test_interrupted_retriever_resumes_to_the_same_bytes(toy_flags: list, tmp_pa
         found = interrupt("train_retriever.py", *resumed, when=checkpoint, how=how)
         says = "interrupted: the same command with --resume true goes on"
         assert found == (status, says) and checkpoint.exists()
-    before = {path.name: path.read_bytes() for path in broken.iterdir()}
-    done = run_script("train_retriever.py", *flags, broken)
-    assert done.returncode == 2 and "--resume true goes on" in done.stderr
-    other = run_script("train_retriever.py", *flags, broken, "--lr", 0.1, "--resume", "true")
-    assert other.returncode == 2 and "other flags" in other.stderr
-    assert before == {path.name: path.read_bytes() for path in broken.iterdir()}
     done = run_script("train_retriever.py", *flags, broken, "--resume", "true")
     assert done.returncode == 0 and "resuming at step" in done.stdout, done.stderr
     assert names(broken) == RETRIEVER_FILES
@@ -225,24 +216,13 @@ def test_interrupted_retriever_resumes_to_the_same_bytes(toy_flags: list, tmp_pa
     done = run_script("train_retriever.py", *flags, broken, "--resume", "true")
     assert done.returncode == 0 and "nothing to resume" in done.stdout
     assert (broken / "config.json").stat().st_mtime_ns == before
-    other = run_script("train_retriever.py", *flags, broken, "--lr", 0.1, "--resume", "true")
-    assert other.returncode == 2 and "other flags" in other.stderr
 
 
-def test_earlier_runs_and_runs_at_work_are_left_alone(toy_flags: list, tmp_path: Path):
+def test_an_earlier_run_is_replaced_on_request(toy_flags: list, tmp_path: Path):
     run = tmp_path / "run"
     flags = [*toy_flags, "--device", "cpu", "--export_root", run, "--max_steps"]
     assert run_script("train_retriever.py", *flags, 1).returncode == 0
-    before = {path.name: path.read_bytes() for path in run.iterdir()}
-    done = run_script("train_retriever.py", *flags, 2)
-    assert done.returncode == 2 and "--overwrite true" in done.stderr
-    done = run_script("train_retriever.py", *flags, 2, "--overwrite", "true", "--resume", "true")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    with folder.locked(run):
-        done = run_script("train_retriever.py", *flags, 2, "--overwrite", "true")
-        assert done.returncode == 2 and "in use by another run" in done.stderr
-        assert before == {p.name: p.read_bytes() for p in run.iterdir() if p.name != ".lock"}
-    assert before == {path.name: path.read_bytes() for path in run.iterdir()}
+    (run / "log.jsonl").write_text("")
     done = run_script("train_retriever.py", *flags, 2, "--overwrite", "true")
     assert done.returncode == 0 and names(run) == RETRIEVER_FILES
     assert read(run / "config.json")["max_steps"] == 2
@@ -383,12 +363,6 @@ def test_ranker_with_every_option(retrieved: Path, tiny_llama: Path, tmp_path: P
     assert done.returncode == 0, done.stderr
     assert names(run) == RANKER_FILES and "no gradient checkpointing" in done.stdout
     assert read(run / "config.json")["gradient_checkpointing"] is False
-    done = run_script(
-        "train_ranker.py", "--llm_retrieved_path", retrieved, "--llm_base_model", tiny_llama,
-        "--export_root", run, *RANKER_FLAGS, "--response_loss", "letters", "--llm_train_on_inputs",
-        "true",
-    )  # fmt: skip
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
 
 
 def test_full_memory_and_loss_that_is_no_number(
@@ -418,256 +392,6 @@ def test_full_memory_and_loss_that_is_no_number(
     assert not (tmp_path / "checkpoint.safetensors").exists()
 
 
-# Mistakes -------------------------------------------------------------------------------------
-
-
-def fails(script: str, *flags: object, says: str, env: dict | None = None) -> None:
-    """The script exits with 2 and one line on stderr that holds ``says``, quickly."""
-    started = time.monotonic()
-    done = run_script(script, *flags, env=env)
-    seconds = time.monotonic() - started
-    lines = [x for x in done.stderr.splitlines() if x and "rebuilding it" not in x]
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
-    assert says in lines[0], lines[0]
-    assert seconds < 30  # a timed bound is no test on a shared machine; this one finds hangs
-
-
-def test_unknown_dataset():
-    fails("train_retriever.py", "--dataset_code", "netflix", says="beauty")
-
-
-def test_metric_ks_0():
-    fails("train_retriever.py", "--dataset_code", "games", "--metric_ks", 0, says="--metric_ks")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize("script", ["train_retriever.py", "train_ranker.py"])
-def test_cuda_absent(script: str):
-    fails(script, "--dataset_code", "games", "--device", "cuda", says="use --device cpu")
-
-
-MOVIES = "movieId,title,genres\n" + "".join(f"{i},Film {i} (1999),Drama\n" for i in range(6))
-RATINGS = "userId,movieId,rating,timestamp\n" + "".join(
-    f"{u},{i},5,{u + i}\n" for u in range(6) for i in range(6)
-)
-
-
-@pytest.mark.parametrize(
-    ("ratings", "movies", "says"),
-    [
-        (RATINGS.replace("timestamp", "when"), MOVIES, "ratings.csv lacks the column timestamp"),
-        (RATINGS, MOVIES.replace("title", "name"), "movies.csv lacks the column title"),
-        (RATINGS + "7,1,5,yesterday\n", MOVIES, "ratings.csv row 38: timestamp 'yesterday'"),
-        (RATINGS + "7,1,good,1\n", MOVIES, "ratings.csv row 38: rating 'good'"),
-        (RATINGS + "7,1,5,inf\n", MOVIES, "timestamp 'inf'"),
-        (RATINGS + ",1,5,1\n", MOVIES, "ratings.csv row 38: user is empty"),
-        ("", MOVIES, "ratings.csv is empty"),
-        (RATINGS.splitlines()[0] + "\n", MOVIES, "ratings.csv is empty"),
-        (RATINGS, "", "movies.csv is empty"),
-        (RATINGS + "1,2,3,4,5,6,7\n", MOVIES, "cannot read"),
-        (RATINGS[:200], MOVIES, "no user has 5 interactions"),
-    ],
-)
-def test_bad_raw_files(ratings: str, movies: str, says: str, tmp_path: Path):
-    folder = tmp_path / "data" / "ml-100k"
-    folder.mkdir(parents=True)
-    (folder / "ratings.csv").write_text(ratings)
-    (folder / "movies.csv").write_text(movies)
-    fails(
-        "train_retriever.py", "--dataset_code", "ml-100k", "--data_root", tmp_path / "data",
-        "--cache_root", tmp_path / "cache", "--experiment_root", tmp_path / "runs", says=says,
-    )  # fmt: skip
-    assert names(tmp_path) == ["data"] and names(folder) == ["movies.csv", "ratings.csv"]
-
-
-@pytest.mark.parametrize(
-    ("meta", "says"),
-    [
-        (gzip.compress(b"{'asin': 'i1', 'title': 'x'}\n" * 50)[:-12], "no whole gzip file"),
-        (b"not gzip at all", "no whole gzip file"),
-        (gzip.compress(b"{'asin': 'i1', 'title': 'x'}\n{'asin': 'i2', 't\n"), "row 2"),
-        (gzip.compress(b""), "is empty"),
-        (gzip.compress(b"\xff\xfe\x00\n"), "not UTF-8"),
-    ],
-)
-def test_bad_metadata(meta: bytes, says: str, tmp_path: Path):
-    folder = tmp_path / "data" / "beauty"
-    folder.mkdir(parents=True)
-    (folder / "ratings_Beauty.csv").write_text("u,i1,5.0,1\n")
-    (folder / "meta_Beauty.json.gz").write_bytes(meta)
-    fails(
-        "train_retriever.py", "--dataset_code", "beauty", "--data_root", tmp_path / "data",
-        "--cache_root", tmp_path / "cache", says=says,
-    )  # fmt: skip
-    assert names(tmp_path) == ["data"]
-
-
-def custom_flags(tmp_path: Path, interactions: str, items: str) -> list[object]:
-    (tmp_path / "x.csv").write_text(interactions)
-    (tmp_path / "y.csv").write_text(items)
-    return [
-        "--dataset_code", "custom", "--interactions", tmp_path / "x.csv", "--items",
-        tmp_path / "y.csv", "--cache_root", tmp_path / "cache", "--experiment_root",
-        tmp_path / "runs",
-    ]  # fmt: skip
-
-
-def test_custom_without_a_core(tmp_path: Path):
-    flags = custom_flags(tmp_path, "user,item,timestamp\na,1,1\n", "item,title\n1,One\n")
-    fails("train_retriever.py", *flags, says="lower --min_uc")
-    assert names(tmp_path) == ["x.csv", "y.csv"]
-
-
-def test_custom_items_without_title(tmp_path: Path):
-    flags = custom_flags(
-        tmp_path, "user,item,timestamp\na,1,1\na,2,2\n", "item,title\n1,One\n2,  \n"
-    )
-    fails("train_retriever.py", *flags, says="has no title for 1 of the items")
-
-
-def test_custom_files_absent_or_of_unknown_form(tmp_path: Path):
-    flags = custom_flags(tmp_path, "", "")
-    flags[3] = tmp_path / "none.csv"
-    fails("train_retriever.py", *flags, says="cannot read")
-    flags[3] = tmp_path / "x.xlsx"
-    flags[3].write_text("x")
-    fails("train_retriever.py", *flags, says="must end in")
-
-
-def test_more_candidates_than_items(toy_flags: list):
-    flags = [*toy_flags, "--num_candidates", 100]
-    fails("train_retriever.py", *flags, says="has 40 items")
-
-
-@pytest.fixture()
-def damaged(retrieved: Path, tmp_path: Path) -> Path:
-    """A copy of the retriever's run, to be damaged."""
-    return Path(shutil.copytree(retrieved, tmp_path / "run"))
-
-
-def edit(run: Path, **changes: np.ndarray | None) -> None:
-    with np.load(run / "candidates.npz") as file:
-        arrays = dict(file) | changes
-    np.savez(run / "candidates.npz", **{k: v for k, v in arrays.items() if v is not None})
-
-
-def edits() -> dict[str, tuple]:
-    def out_of_range(x: np.ndarray) -> np.ndarray:
-        x = x.copy()
-        x[3, 3] = 41
-        return x
-
-    def twice(x: np.ndarray) -> np.ndarray:
-        x = x.copy()
-        x[5, 1] = x[5, 0]
-        return x
-
-    return {
-        "cut short": ("test_items", lambda x: x[:50], "test items have shape (50, 20)"),
-        "one column": ("val_items", lambda x: x[:, :1], "val items have shape (60, 1)"),
-        "scores": ("val_scores", lambda x: x[:, :7], "val scores have shape (60, 7)"),
-        "missing": ("val_labels", lambda x: None, "is damaged"),
-        "range": ("test_items", out_of_range, "from 1 to 40"),
-        "zero": ("test_items", lambda x: x * 0, "from 1 to 40"),
-        "twice": ("test_items", twice, "one item twice"),
-        "type": ("test_items", lambda x: x + 0.5, "must be integers"),
-        "labels": ("test_labels", lambda x: x % 40 + 1, "not the held-out items"),
-        "ranks": ("test_label_ranks", lambda x: x * 0 + 40, "disagree"),
-        "order": ("test_scores", lambda x: x[:, ::-1], "do not descend"),
-    }
-
-
-@pytest.mark.parametrize("name", edits())
-def test_edited_candidates(name: str, damaged: Path, toy_flags: list, tmp_path: Path):
-    array, change, says = edits()[name]
-    with np.load(damaged / "candidates.npz") as file:
-        value = change(file[array])
-    edit(damaged, **{array: value})
-    fails(
-        "train_ranker.py", "--llm_retrieved_path", damaged, "--experiment_root", tmp_path / "runs",
-        says=says,
-    )  # fmt: skip
-    assert not (tmp_path / "runs").exists()
-
-
-def test_retrieved_path_missing_empty_or_truncated(damaged: Path, tmp_path: Path):
-    fails("train_ranker.py", "--llm_retrieved_path", tmp_path / "no", says="candidates.npz there")
-    (tmp_path / "empty").mkdir()
-    fails("train_ranker.py", "--llm_retrieved_path", tmp_path / "empty", says="no candidates.npz")
-    content = (damaged / "candidates.npz").read_bytes()
-    for cut in (content[:1000], b""):
-        (damaged / "candidates.npz").write_bytes(cut)
-        fails("train_ranker.py", "--llm_retrieved_path", damaged, says="is damaged")
-
-
-def test_candidates_of_another_dataset(retrieved: Path, toy_flags: list, tmp_path: Path):
-    flags = ["--llm_retrieved_path", retrieved, "--min_uc", 9, "--cache_root", tmp_path]
-    fails("train_ranker.py", *flags, says="another data set")
-    flags = ["--llm_retrieved_path", retrieved, "--dataset_code", "games"]
-    fails("train_ranker.py", *flags, says="another data set, custom")
-
-
-def test_more_candidates_than_labels(retrieved: Path, tiny_llama: Path):
-    fails(
-        "train_ranker.py", "--llm_retrieved_path", retrieved, "--llm_base_model", tiny_llama,
-        "--llm_negative_sample_size", 62, says="63 candidates, but this tokenizer has 62 labels",
-    )  # fmt: skip
-
-
-def test_model_folder_without_weights(retrieved: Path, tiny_llama: Path, tmp_path: Path):
-    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
-    flags = ["--llm_retrieved_path", retrieved, "--llm_base_model", folder]
-    (folder / "model.safetensors").unlink()
-    fails("train_ranker.py", *flags, says="no weights")
-    (folder / "pytorch_model.bin").write_bytes(b"x")
-    fails("train_ranker.py", *flags, says="no weights")
-    (folder / "config.json").unlink()
-    fails("train_ranker.py", *flags, says="no config.json")
-    fails("train_ranker.py", *flags[:3], tmp_path / "none", says="no such folder")
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Answers like the hub: a gated model's card is public, its files are not."""
-
-    def do_GET(self) -> None:
-        card = b'{"id": "some/gated", "sha": "%s", "siblings": [{"rfilename": "config.json"}]}'
-        card %= b"0" * 40
-        files = b'[{"type": "file", "path": "config.json", "size": 9, "oid": "1"}]'
-        if "gated" not in self.path:
-            status, code, content = 404, "RepoNotFound", b""
-        elif "/resolve/" in self.path:
-            status, code, content = 403, "GatedRepo", b""
-        else:
-            status, code, content = 200, None, files if "/tree/" in self.path else card
-        self.send_response(status)
-        if code:
-            self.send_header("X-Error-Code", code)
-            self.send_header("X-Error-Message", "no")
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    do_HEAD = do_GET
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-def test_gated_unknown_and_unreachable_models(retrieved: Path, tmp_path: Path):
-    flags = ["--llm_retrieved_path", retrieved, "--llm_cache_dir", tmp_path, "--llm_base_model"]
-    env = {"HF_HUB_OFFLINE": "1"}
-    fails("train_ranker.py", *flags, "someone/model", says="cannot be downloaded", env=env)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        env = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
-        fails("train_ranker.py", *flags, "some/gated", says="ask for access at", env=env)
-        fails("train_ranker.py", *flags, "some/unknown", says="is not on the hub", env=env)
-        server.shutdown()
-
-
 def test_stale_and_damaged_cache(toy_flags: list, tmp_path: Path):
     flags = [*toy_flags, *RETRIEVER_FLAGS, "--max_steps", 1, "--export_root", tmp_path / "run"]
     flags += ["--overwrite", "true"]
@@ -676,6 +400,6 @@ def test_stale_and_damaged_cache(toy_flags: list, tmp_path: Path):
     cache.parent.mkdir()
     cache.write_bytes(b"PK damaged")
     done = run_script("train_retriever.py", *flags)
-    assert done.returncode == 0 and f"{cache} is damaged: rebuilding it" in done.stderr
+    assert done.returncode == 0 and f"note: {cache} is damaged" in done.stderr
     done = run_script("train_retriever.py", *flags, "--min_uc", 9)
     assert done.returncode == 0 and "made from other files or flags" in done.stderr

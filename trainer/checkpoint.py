@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from config import UserError
-from storage import atomic_path
+from storage import atomic_path, reading
 
 
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -68,19 +68,18 @@ def load_checkpoint(path: Path, fingerprint: str) -> Any | None:
     """
     if not path.exists():
         return None
-    try:
+    with reading(path, "start anew with --overwrite true"):
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        skeleton = json.loads(metadata["state"])
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: delete it to start anew") from error
-    if metadata["fingerprint"] != fingerprint:
+        owner = metadata["fingerprint"]
+        state = _restore(json.loads(metadata["state"]), tensors)
+    if owner != fingerprint:
         raise UserError(
             f"{path} belongs to a run with other flags, data or code: "
-            "resume with the flags in config.json, or start anew without --resume"
+            "resume with the flags in config.json, or start anew with --overwrite true"
         )
-    return _restore(skeleton, tensors)
+    return state
 
 
 def random_state() -> dict[str, Any]:

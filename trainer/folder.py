@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from config import CommonConfig, UserError
 from datasets import SequenceDataset
-from storage import read_json, remove_temporaries
+from storage import made_folder, read_json, reason, remove_temporaries
 
 CHECKPOINT = "checkpoint.safetensors"
 LOG = "log.jsonl"
@@ -72,26 +72,23 @@ def locked(run_dir: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it, or it cannot be written.
     """
-    made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
     lock = FileLock(run_dir / ".lock")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"{run_dir} is in use by another run: wait for it or name another --export_root"
-        ) from None
-    except OSError as error:
-        raise UserError(f"cannot write {run_dir}: {error.strerror or error}") from error
-    try:
-        remove_temporaries(run_dir)
-        yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
-        with suppress(OSError):
-            for path in made:
-                path.rmdir()
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(made_folder(run_dir))
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"{run_dir} is in use by another run: wait for it or name another --export_root"
+            ) from None
+        except OSError as error:
+            raise UserError(f"cannot write {run_dir}: {reason(error)}") from error
+        try:
+            remove_temporaries(run_dir)
+            yield
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
 
 
 def is_started(run_dir: Path, outputs: Sequence[str], fingerprint: str) -> bool:

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tokenizers import Tokenizer
 
-from config import TOKENS_PER_BATCH, LanguageModelConfig, UserError, cuda_driver
+from config import TOKENS_PER_BATCH, LanguageModelConfig, cuda_driver
 from model.hub import (
     LARGE_MODEL,
     SMALL_MODEL,
     BaseModel,
+    check_fits,
     end_of_sequence,
     find_model,
     load_tokenizer,
 )
+from storage import atomic_folder, reading
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,7 +62,7 @@ def find_language_model(config: LanguageModelConfig) -> LanguageModel:
     """Bring the model that the flags name to disk, and read its tokenizer.
 
     Raises:
-        UserError: there is none, or it lacks what it needs.
+        UserError: there is none, it lacks what it needs, or does not suit the flags.
     """
     on_cuda = config.device != "cpu" and cuda_driver()
     if on_cuda and config.device is None:
@@ -77,6 +79,7 @@ def find_language_model(config: LanguageModelConfig) -> LanguageModel:
         flag = "--llm_base_tokenizer"
         tokenizer_from = find_model(config.llm_base_tokenizer, **where, flag=flag)
     tokenizer = load_tokenizer(tokenizer_from.folder)
+    check_fits(base, tokenizer, config.llm_max_text_len, config.lora_target_modules)
     return LanguageModel(
         base=base,
         tokenizer=tokenizer,
@@ -93,23 +96,15 @@ def load_with_adapters(
     """Load the model, frozen, with fresh adapters.
 
     Raises:
-        UserError: its vocabulary, its positions or its modules do not suit the flags.
+        UserError: it cannot be loaded.
     """
     from model.ranker import add_lora, load_causal_lm, needs_checkpointing
 
-    base, tokenizer = language_model.base, language_model.tokenizer
-    model = load_causal_lm(base.folder, device=accelerator.device, in_4bit=language_model.in_4bit)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if tokenizer.get_vocab_size() > vocabulary:
-        raise UserError(
-            f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model {vocabulary}: "
-            "--llm_base_tokenizer must fit --llm_base_model"
-        )
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and config.llm_max_text_len > longest:
-        raise UserError(
-            f"--llm_max_text_len {config.llm_max_text_len}: {base.name} reads at most {longest}"
-        )
+    model = load_causal_lm(
+        language_model.base.folder,
+        device=accelerator.device,
+        in_4bit=language_model.in_4bit,
+    )
     checkpointing = config.gradient_checkpointing == "true"
     if config.gradient_checkpointing == "auto":
         checkpointing = needs_checkpointing(model, language_model.max_tokens)
@@ -125,8 +120,6 @@ def load_with_adapters(
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Write the adapters in PEFT's format, whole or not at all."""
-    from storage import atomic_folder
-
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary, save_embedding_layers=False)
 
@@ -138,12 +131,8 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
         UserError: they are missing or damaged.
     """
     from peft import set_peft_model_state_dict
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
-        weights = load_file(folder / "adapter_model.safetensors", device=str(model.device))
-        set_peft_model_state_dict(model, weights)
-    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder} holds no adapter that fits ({reason}): tune it again") from error
+    weights = folder / "adapter_model.safetensors"
+    with reading(weights, "start anew with --overwrite true"):
+        set_peft_model_state_dict(model, load_file(weights, device=str(model.device)))

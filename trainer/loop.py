@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from config import Terminated, UserError
 from dataloader.sampler import ShuffledBatches
-from storage import atomic_path
+from storage import atomic_path, reading
 from trainer.average import WeightAverage
 from trainer.checkpoint import (
     load_checkpoint,
@@ -112,8 +112,9 @@ class RunLog:
     def load(self, last_step: int) -> None:
         """Take up the records of an interrupted run up to ``last_step``."""
         if self.path.exists():
-            records = map(json.loads, self.path.read_text().splitlines())
-            self.records = [r for r in records if r["step"] <= last_step]
+            with reading(self.path, "delete it, or start anew with --overwrite true"):
+                records = map(json.loads, self.path.read_text().splitlines())
+                self.records = [r for r in records if r["step"] <= last_step]
 
     def add(self, record: dict[str, Any]) -> None:
         """Append a record."""

@@ -107,6 +107,6 @@ def hard_negatives(model: nn.Module, loader: DataLoader, size: int) -> np.ndarra
         batch = send_to_device(batch, device)
         scores = score_histories(model, batch, mask_history=True)
         scores.scatter_(1, batch["answers"][:, None], -torch.inf)
-        best = torch.topk(scores, size)
+        best = torch.topk(scores, min(size, scores.shape[1]))
         parts.append(torch.where(best.values > -torch.inf, best.indices, 0).int().cpu())
     return torch.cat(parts).numpy()
