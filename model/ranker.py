@@ -152,6 +152,8 @@ def add_lora(
         raise UserError(
             f"--lora_target_modules {' '.join(target_modules)}: {reason(error)}"
         ) from error
+    # PEFT keeps a set, whose order in adapter_config.json changes from process to process.
+    model.peft_config["default"].target_modules = list(target_modules)
     for module in model.modules():
         for name in getattr(module, "lora_dropout", ()):
             if isinstance(module.lora_dropout[name], nn.Dropout):
