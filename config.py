@@ -73,6 +73,7 @@ count = _number(int, 0, LARGEST)
 real = _number(float, 0.0, math.inf, open_end=True)
 rating = _number(float, -math.inf, math.inf)
 probability = _number(float, 0.0, 1.0, open_end=True)
+share = _number(float, 0.0, 1.0)
 
 
 def flag(default: Any, help: str, type: Callable = str, **options: Any) -> Any:
@@ -366,7 +367,7 @@ class AugmentationConfig(LanguageModelConfig):
         False, "let the model write nothing but items of the catalogue", boolean
     )
     temperature: float = flag(0.8, "temperature of the sampling", real)
-    top_p: float = flag(0.9, "sample among the likeliest tokens of this probability", probability)
+    top_p: float = flag(0.9, "sample among the likeliest tokens of this probability", share)
     max_new_tokens: int = flag(200, "most tokens written for a user", positive)
     val_batch_size: int = flag(16, "examples scored at once in validation", positive)
     test_batch_size: int = flag(16, "users written for at once", positive)
@@ -380,7 +381,7 @@ class AugmentationConfig(LanguageModelConfig):
         positive,
     )
     plausible_share: float = flag(
-        0.5, "share of the validation answers that the rank chosen lets through", probability
+        0.5, "share of the validation answers that the rank chosen lets through", share
     )
     reuse: str | None = flag(
         None, "run folder to take the tuned model and the texts from, as far as the flags agree"

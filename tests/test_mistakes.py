@@ -278,7 +278,7 @@ RUNS = [
     Mistake("finished run", f"{CUSTOM} --export_root {RETRIEVER}", "replace it with --overwrite"),
     Mistake("interrupted run", f"{CUSTOM} --export_root {RETRIEVER}",
             "--resume true goes on with it", UNFINISHED),
-    Mistake("finished with other flags", f"{RESUME} --lr 0.5", "a finished run with other flags"),
+    Mistake("finished with other flags", f"{RESUME} --lr 0.5", "holds a run with other flags"),
     Mistake("finished, its settings a list", RESUME, "custom/config.json: it holds no JSON object",
             {f"{RETRIEVER}/config.json": "[]"}),
     Mistake("damaged checkpoint", RESUME, "checkpoint.safetensors is damaged", UNFINISHED),
@@ -443,7 +443,55 @@ MODELS = [
             "cannot load the retriever", {f"{RETRIEVER}/model.safetensors": b"x" * 99}),
 ]  # fmt: skip
 
-ALL = [*FLAGS, *CUSTOM_DATA, *RAW_DATA, *RUNS, *RETRIEVED, *MODELS]
+DATA = CUSTOM.removeprefix("train_retriever.py ").removesuffix(" --export_root run")
+AUGMENT = f"augment_data.py {DATA} --llm_base_model model --export_root run"
+JUDGE = f"{AUGMENT} --retriever_path {RETRIEVER}"
+TRAIN_ON = f"{CUSTOM} --augmented written"
+WRITTEN = {"users": np.array([0, 1]), "items": np.array([1, 40]), "fingerprint": np.array("?")}
+
+
+def written(what: str, says: str, **changes: object) -> Mistake:
+    """A mistake in a file of written interactions that belongs to the data otherwise."""
+
+    def content(_: bytes) -> bytes:
+        buffer = io.BytesIO()
+        np.savez(buffer, **{n: x for n, x in (WRITTEN | changes).items() if x is not None})
+        return buffer.getvalue()
+
+    return Mistake(f"written: {what}", TRAIN_ON, says, {"written/augmented.npz": content})
+
+
+AUGMENTATION = [
+    Mistake("no data set named to the augmentation", "augment_data.py", "--dataset_code is missin"),
+    Mistake("one item to cut in two", f"{AUGMENT} --local_items 1", "--local_items 1: 2 at least"),
+    Mistake("cold", f"{AUGMENT} --temperature 0", "--temperature and --top_p must be above 0"),
+    Mistake("no tokens to sample", f"{AUGMENT} --top_p 0", "must be above 0"),
+    Mistake("too likely", f"{AUGMENT} --top_p 1.1", "--top_p: 1.1 is out of range"),
+    Mistake("no steps", f"{AUGMENT} --max_steps 0", "--max_steps: 0 is out of range"),
+    Mistake("all answer, no prompt", f"{AUGMENT} --max_new_tokens 1536", "no room for a prompt"),
+    Mistake("rank without a judge", f"{AUGMENT} --plausible_rank 9", "needs --retriever_path"),
+    Mistake("judge absent", f"{AUGMENT} --retriever_path no", "no finished run of train_retriev"),
+    Mistake("judge of other data", JUDGE, "belongs to other data than custom",
+            {f"{RETRIEVER}/config.json": settings(data_fingerprint="another")}),
+    Mistake("judge's settings a list", JUDGE, "config.json: it holds no JSON object",
+            {f"{RETRIEVER}/config.json": "[]"}),
+    Mistake("nothing to reuse", f"{AUGMENT} --reuse no", "--reuse no: no run of augment_data.py"),
+    Mistake("reuse of a retriever", f"{AUGMENT} --reuse {RETRIEVER}", "is not a run of augment_da"),
+    Mistake("written for already", AUGMENT, "replace it with --overwrite",
+            {"run/augmented.npz": "earlier"}),
+    Mistake("writing resumed with other flags", f"{AUGMENT} --resume true", "with other flags",
+            {"run/generated.jsonl": "", "run/config.json": "{}"}),
+    Mistake("long prompts to write for", f"{AUGMENT} --llm_max_text_len 5000", "at most 4096"),
+    Mistake("no model to write", f"{AUGMENT} --llm_base_model ./no", "./no: no such folder"),
+    Mistake("nothing written", TRAIN_ON, "--augmented written: no augmented.npz there"),
+    Mistake("written: truncated", TRAIN_ON, "augmented.npz is damaged",
+            {"written/augmented.npz": b"PK" * 99}),
+    written("of other data", "belongs to another data set than custom"),
+    written("no items", "augmented.npz is damaged", items=None),
+    written("pickled objects", "allow_pickle=False", items=np.array([1, None])),
+]  # fmt: skip
+
+ALL = [*FLAGS, *CUSTOM_DATA, *RAW_DATA, *RUNS, *RETRIEVED, *MODELS, *AUGMENTATION]
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
