@@ -32,7 +32,15 @@ TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 1024}  # the default of the flag
 
 
 class UserError(Exception):
-    """A mistake the user can mend. Entry scripts print it as one line and exit with status 2."""
+    """A mistake the user can mend. Entry scripts print it as one line and exit with status 2.
+
+    What a file or flag holds may be in the message: its line breaks and control characters are
+    shown escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+        super().__init__("".join(shown))
 
 
 # Flag types -----------------------------------------------------------------------------------

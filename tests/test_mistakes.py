@@ -164,6 +164,7 @@ CUSTOM_DATA = [
     log("time with 400 digits", HEADER + f"a,1,{'9' * 400}\n", "log.csv row 2: timestamp '999"),
     log("rating in words", RATED + "a,1,1,good\n", "log.csv row 2: rating 'good'"),
     log("rating beyond all numbers", RATED + "a,1,1,1e999\n", "log.csv row 2: rating '1e999'"),
+    log("hidden signs", HEADER + 'a,1,"x\n\x1b[2J"\n', r"timestamp 'x\n\x1b[2J' is not a number"),
     log("no user", HEADER + "a,1,1\n,2,2\n", "log.csv row 3: user is empty"),
     log("no item", HEADER + "a,,1\n", "log.csv row 2: item is empty"),
     log("short row", HEADER + "a,1,1\na\n", "log.csv row 3: item is empty"),
