@@ -545,7 +545,8 @@ def _user_message(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch's on the CPU
+    torch_says = ("allocate memory", "out of memory")  # on the CPU, on CUDA
+    if isinstance(error, MemoryError) or any(words in str(error) for words in torch_says):
         return "the memory is full: lower the sizes of the model, the batches or --num_workers"
     return None
 

@@ -26,7 +26,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from config import cuda_driver
+import train_retriever
+from config import UserError, cuda_driver
 from tests.conftest import run_script
 from trainer import folder
 
@@ -557,7 +558,7 @@ def test_mistake(mistake: Mistake, folder_with: Callable, hub: str):
 
 
 def test_rows_are_distinct():
-    assert len({m.what for m in ALL}) == len(ALL) == len({(m.command, m.what) for m in ALL})
+    assert len({mistake.what for mistake in ALL}) == len(ALL)
 
 
 def test_folder_in_use_by_another_run(folder_with: Callable):
@@ -565,3 +566,23 @@ def test_folder_in_use_by_another_run(folder_with: Callable):
     with folder.locked(root / "run"):
         check(Mistake("", CUSTOM, "run is in use by another run"), root)
         check(Mistake("", MODEL, "run is in use by another run"), root)
+
+
+def test_interrupted_run_that_was_damaged(folder_with: Callable, monkeypatch: pytest.MonkeyPatch):
+    def stop(*_: object) -> None:
+        raise UserError("stopped before its last files")
+
+    root = folder_with({})
+    monkeypatch.chdir(root)
+    monkeypatch.setattr("dataloader.candidates.save_candidates", stop)
+    command = f"{CUSTOM} --max_steps 2 --val_iterations 1"
+    with pytest.raises(UserError, match="stopped"):
+        train_retriever.main(command.split()[1:])
+    for name, says in (
+        ("model.safetensors", "run/model.safetensors is damaged"),
+        ("log.jsonl", "run/log.jsonl is damaged"),
+        ("checkpoint.safetensors", "run/checkpoint.safetensors is damaged"),
+    ):
+        path = root / "run" / name
+        path.write_bytes(path.read_bytes()[:-9])
+        check(Mistake("", f"{command} --resume true", says), root)
