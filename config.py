@@ -33,7 +33,15 @@ TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 1024}  # the default of the flag
 
 
 class UserError(Exception):
-    """A mistake the user can mend. Entry scripts print it as one line and exit with status 2."""
+    """A mistake the user can mend. Entry scripts print it as one line and exit with status 2.
+
+    What a file or flag holds may be in the message: its line breaks and control characters are
+    shown escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+        super().__init__("".join(shown))
 
 
 # Flag types -----------------------------------------------------------------------------------
@@ -612,7 +620,8 @@ def _user_message(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch's on the CPU
+    torch_says = ("allocate memory", "out of memory")  # on the CPU, on CUDA
+    if isinstance(error, MemoryError) or any(words in str(error) for words in torch_says):
         return "the memory is full: lower the sizes of the model, the batches or --num_workers"
     return None
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from config import DATASET_CODES, UserError, run_main
 from metrics import METRIC_GAINS, user_gains
-from storage import atomic_path, read_json
+from storage import atomic_path, read_json, reading
 from trainer.folder import HANDLING, LOG, SEARCH_RUNS
 
 PAPER = Path(__file__).parent / "experiments" / "paper.json"
@@ -99,7 +99,7 @@ def read_run(folder: Path) -> Run | None:
     Raises:
         UserError: a file of it cannot be read.
     """
-    try:
+    with reading(folder, "run it again"):
         if (folder / "overall_metrics.json").exists():
             with np.load(folder / "rankings.npz", allow_pickle=False) as file:
                 ranks, fused_ranks = file["label_ranks"], file["fused_label_ranks"]
@@ -111,8 +111,6 @@ def read_run(folder: Path) -> Run | None:
                 retrieved = (file["test_items"] == file["test_labels"][:, None]).any(axis=1)
         else:
             return None
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} is damaged: {error}") from error
     settings = read_json(folder / "config.json")
     fused = None
     if fused_ranks is not None:

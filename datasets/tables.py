@@ -116,7 +116,7 @@ def to_number(column: pd.Series, path: Path, *, first_row: int) -> np.ndarray:
     if bad.any():
         row = int(bad.argmax())
         raise UserError(
-            f"{path} row {row + first_row}: {column.name} '{column.iloc[row]}' is not a number"
+            f"{path} row {row + first_row}: {column.name} '{column.iloc[row][:50]}' is not a number"
         )
     return values
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import http.server
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -142,3 +145,42 @@ def retrieved(toy_flags: list[object], tmp_path_factory: pytest.TempPathFactory)
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return folder
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves ``files``; cuts a response after ``cut`` bytes, once."""
+
+    files: dict[str, bytes] = {}  # noqa: RUF012
+    cut: int | None = None
+    ranges: list[str | None] = []  # noqa: RUF012
+
+    def do_GET(self) -> None:
+        content = self.files.get(self.path)
+        if content is None:
+            self.send_error(404)
+            return
+        wanted = self.headers.get("Range")
+        self.ranges.append(wanted)
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
+        if start >= len(content):
+            self.send_error(416)
+            return
+        self.send_response(206 if wanted else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        end = Handler.cut or len(content)
+        Handler.cut = None
+        self.wfile.write(content[start:end])
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture()
+def server() -> Iterator[str]:
+    """Address of a server of ``Handler.files``."""
+    Handler.files, Handler.cut, Handler.ranges = {}, None, []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http_server:
+        threading.Thread(target=http_server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http_server.server_port}"
+        http_server.shutdown()

@@ -2,10 +2,8 @@
 
 import gzip
 import hashlib
-import http.server
 import subprocess
 import sys
-import threading
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -21,7 +19,7 @@ from datasets import SequenceDataset, load_dataset
 from datasets.base import Filters, RawData, build, clean_title, k_core
 from datasets.download import fetch_archive, fetch_file
 from datasets.movielens import movie_title
-from tests.conftest import ROOT, toy_interactions
+from tests.conftest import ROOT, Handler, toy_interactions
 
 
 def load(code: str, data_root: Path, cache: Path, **options: object) -> SequenceDataset:
@@ -244,44 +242,6 @@ def test_metadata_is_never_executed(tmp_path: Path):
     with pytest.raises(UserError, match="row 1"):
         load("beauty", tmp_path, tmp_path / "cache")
     assert not (tmp_path / "x").exists()
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves ``files``; cuts a response after ``cut`` bytes, once."""
-
-    files: dict[str, bytes] = {}  # noqa: RUF012
-    cut: int | None = None
-    ranges: list[str | None] = []  # noqa: RUF012
-
-    def do_GET(self) -> None:
-        content = self.files.get(self.path)
-        if content is None:
-            self.send_error(404)
-            return
-        wanted = self.headers.get("Range")
-        self.ranges.append(wanted)
-        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
-        if start >= len(content):
-            self.send_error(416)
-            return
-        self.send_response(206 if wanted else 200)
-        self.send_header("Content-Length", str(len(content) - start))
-        self.end_headers()
-        end = Handler.cut or len(content)
-        Handler.cut = None
-        self.wfile.write(content[start:end])
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-@pytest.fixture()
-def server():
-    Handler.files, Handler.cut, Handler.ranges = {}, None, []
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http_server:
-        threading.Thread(target=http_server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{http_server.server_port}"
-        http_server.shutdown()
 
 
 def test_download_resumes(server: str, tmp_path: Path):

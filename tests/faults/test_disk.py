@@ -10,17 +10,37 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 import pytest
 import safetensors.torch
 from safetensors import safe_open
 
+import train_ranker
 import train_retriever
 from config import UserError
 from tests.conftest import ROOT
 
-STEPS = ["--device", "cpu", "--max_steps", 4, "--val_iterations", 2, "--train_batch_size", 16]
+RETRIEVER = [
+    "train_retriever.py", "--device", "cpu", "--max_steps", 4, "--val_iterations", 2,
+    "--train_batch_size", 16,
+]  # fmt: skip
+RANKER = [
+    "train_ranker.py", "--device", "cpu", "--max_steps", 2, "--lora_val_iterations", 1,
+    "--train_batch_size", 2,
+]  # fmt: skip
+MAINS = {"train_retriever.py": train_retriever.main, "train_ranker.py": train_ranker.main}
+
+
+@pytest.fixture(scope="session")
+def retriever_command(toy_flags: list) -> list:
+    return [*RETRIEVER, *toy_flags]
+
+
+@pytest.fixture(scope="session")
+def ranker_command(retrieved: Path, tiny_llama: Path) -> list:
+    return [*RANKER, "--llm_retrieved_path", retrieved, "--llm_base_model", tiny_llama]
 
 
 def assert_all_whole(folder: Path) -> None:
@@ -39,31 +59,54 @@ def assert_all_whole(folder: Path) -> None:
                 assert all(file.get_tensor(name) is not None for name in file.keys())  # noqa: SIM118
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no limits on file sizes")
-@pytest.mark.parametrize("size", [0, 300, 3_000, 30_000, 100_000, 300_000, 1_000_000, 10**8])
-def test_files_that_may_not_grow(size: int, toy_flags: list, tmp_path: Path):
+def run_limited(command: list, size: int, folder: Path) -> None:
     """Every writer meets the limit, whatever library it is in, and within a file."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
-    flags = [*toy_flags, *STEPS, "--export_root", tmp_path / "run"]
-    flags[flags.index("--cache_root") + 1] = tmp_path / "cache"
+    script, *flags = command
+    flags += ["--cache_root", folder / "cache", "--export_root", folder / "run"]
     done = subprocess.run(
-        [sys.executable, "-B", str(ROOT / "train_retriever.py"), *map(str, flags)],
+        [sys.executable, "-B", str(ROOT / script), *map(str, flags)],
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=limit,
     )
-    assert_all_whole(tmp_path)
-    if size == 10**8:  # all files fit: the test above did meet the limit
+    assert_all_whole(folder)
+    if size == ENOUGH:  # all files fit: the tests of less did meet the limit
         assert done.returncode == 0, done.stderr
         return
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and last.startswith("error: cannot write "), done.stderr
     assert "Traceback" not in done.stderr
+
+
+limits = pytest.mark.skipif(sys.platform == "win32", reason="no limits on file sizes")
+ENOUGH = 10**8
+
+
+@limits
+@pytest.mark.parametrize("size", [0, 300, 3_000, 30_000, 100_000, 300_000, 1_000_000, ENOUGH])
+def test_files_of_the_retriever_that_may_not_grow(
+    size: int, retriever_command: list, tmp_path: Path
+):
+    run_limited(retriever_command, size, tmp_path)
+
+
+@limits
+@pytest.mark.parametrize("size", [30_000])
+def test_files_of_the_ranker_that_may_not_grow(size: int, ranker_command: list, tmp_path: Path):
+    run_limited(ranker_command, size, tmp_path)
+
+
+@limits
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [0, 300, 3_000, 10_000, 20_000, 40_000, 60_000, ENOUGH])
+def test_files_of_the_ranker_at_every_limit(size: int, ranker_command: list, tmp_path: Path):
+    run_limited(ranker_command, size, tmp_path)
 
 
 class FailingDisk:
@@ -93,7 +136,14 @@ class FailingDisk:
         for name in ("save_file", "save_model"):
             saved = getattr(safetensors.torch, name)
             monkeypatch.setattr(safetensors.torch, name, self.counted(saved, argument=1))
-        monkeypatch.setattr("trainer.checkpoint.save_file", self.counted(saved_file(), argument=1))
+        for place in ("trainer.checkpoint.save_file", "peft.peft_model.safe_save_file"):
+            monkeypatch.setattr(
+                place,
+                self.counted(
+                    resolve_name(place),
+                    argument=1,
+                ),
+            )
 
     def count(self, path: object) -> None:
         if isinstance(path, int) or not str(path).startswith(self.below):
@@ -110,45 +160,40 @@ class FailingDisk:
         return call
 
 
-def saved_file() -> Callable:
-    from trainer.checkpoint import save_file
-
-    return save_file
-
-
-def fail_at(place: int, code: int, flags: list, folder: Path) -> int:
+def fail_at(place: int, code: int, command: list, folder: Path) -> int:
     """Run with one failing call; the number of calls, whether or not it was reached."""
+    script, *flags = command
+    flags += ["--cache_root", folder / "cache", "--export_root", folder / "run"]
+    words = [str(flag) for flag in flags]
     with pytest.MonkeyPatch.context() as patch:
         disk = FailingDisk(patch, folder, place, code)
-        words = [str(flag) for flag in (*flags, "--export_root", folder / "run")]
         if place:
             with pytest.raises(UserError) as caught:
-                train_retriever.main(words)
+                MAINS[script](words)
             assert "\n" not in str(caught.value) and os.strerror(code) in str(caught.value)
         else:
-            train_retriever.main(words)
+            MAINS[script](words)
     assert_all_whole(folder)
     return disk.calls
 
 
-def sweep(every: int, code: int, toy_flags: list, tmp_path: Path) -> None:
-    def flags(folder: Path) -> list:
-        changed = [*toy_flags, *STEPS]
-        changed[changed.index("--cache_root") + 1] = folder / "cache"
-        return changed
-
-    calls = fail_at(0, code, flags(tmp_path / "whole"), tmp_path / "whole")
+def sweep(every: int, code: int, command: list, tmp_path: Path) -> None:
+    calls = fail_at(0, code, command, tmp_path / "whole")
     assert calls > 30
     for place in range(1, calls + 1, every):
-        folder = tmp_path / str(place)
-        fail_at(place, code, flags(folder), folder)
+        fail_at(place, code, command, tmp_path / str(place))
 
 
-def test_some_failing_calls(toy_flags: list, tmp_path: Path):
-    sweep(9, errno.ENOSPC, toy_flags, tmp_path)
+def test_some_failing_calls_of_the_retriever(retriever_command: list, tmp_path: Path):
+    sweep(9, errno.ENOSPC, retriever_command, tmp_path)
+
+
+def test_some_failing_calls_of_the_ranker(ranker_command: list, tmp_path: Path):
+    sweep(17, errno.ENOSPC, ranker_command, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-def test_every_failing_call(code: int, toy_flags: list, tmp_path: Path):
-    sweep(1, code, toy_flags, tmp_path)
+@pytest.mark.parametrize("stage", ["retriever", "ranker"])
+def test_every_failing_call(code: int, stage: str, request: pytest.FixtureRequest, tmp_path: Path):
+    sweep(1, code, request.getfixturevalue(f"{stage}_command"), tmp_path)
