@@ -17,6 +17,7 @@ import pytest
 import safetensors.torch
 from safetensors import safe_open
 
+import augment_data
 import train_ranker
 import train_retriever
 from config import UserError
@@ -30,7 +31,15 @@ RANKER = [
     "train_ranker.py", "--device", "cpu", "--max_steps", 2, "--lora_val_iterations", 1,
     "--train_batch_size", 2,
 ]  # fmt: skip
-MAINS = {"train_retriever.py": train_retriever.main, "train_ranker.py": train_ranker.main}
+AUGMENTATION = [
+    "augment_data.py", "--device", "cpu", "--max_steps", 2, "--lora_val_iterations", 1,
+    "--train_batch_size", 2, "--local_examples", 1, "--max_new_tokens", 8, "--save_seconds", 0,
+]  # fmt: skip
+MAINS = {
+    "train_retriever.py": train_retriever.main,
+    "train_ranker.py": train_ranker.main,
+    "augment_data.py": augment_data.main,
+}
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +50,11 @@ def retriever_command(toy_flags: list) -> list:
 @pytest.fixture(scope="session")
 def ranker_command(retrieved: Path, tiny_llama: Path) -> list:
     return [*RANKER, "--llm_retrieved_path", retrieved, "--llm_base_model", tiny_llama]
+
+
+@pytest.fixture(scope="session")
+def augmentation_command(toy_flags: list, tiny_llama: Path) -> list:
+    return [*AUGMENTATION, *toy_flags, "--llm_base_model", tiny_llama]
 
 
 def assert_all_whole(folder: Path) -> None:
@@ -97,16 +111,21 @@ def test_files_of_the_retriever_that_may_not_grow(
 
 
 @limits
-@pytest.mark.parametrize("size", [30_000])
-def test_files_of_the_ranker_that_may_not_grow(size: int, ranker_command: list, tmp_path: Path):
-    run_limited(ranker_command, size, tmp_path)
+@pytest.mark.parametrize("stage", ["ranker", "augmentation"])
+def test_files_of_other_scripts_that_may_not_grow(
+    stage: str, request: pytest.FixtureRequest, tmp_path: Path
+):
+    run_limited(request.getfixturevalue(f"{stage}_command"), 30_000, tmp_path)
 
 
 @limits
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 300, 3_000, 10_000, 20_000, 40_000, 60_000, ENOUGH])
-def test_files_of_the_ranker_at_every_limit(size: int, ranker_command: list, tmp_path: Path):
-    run_limited(ranker_command, size, tmp_path)
+@pytest.mark.parametrize("stage", ["ranker", "augmentation"])
+def test_files_of_other_scripts_at_every_limit(
+    stage: str, size: int, request: pytest.FixtureRequest, tmp_path: Path
+):
+    run_limited(request.getfixturevalue(f"{stage}_command"), size, tmp_path)
 
 
 class FailingDisk:
@@ -137,13 +156,7 @@ class FailingDisk:
             saved = getattr(safetensors.torch, name)
             monkeypatch.setattr(safetensors.torch, name, self.counted(saved, argument=1))
         for place in ("trainer.checkpoint.save_file", "peft.peft_model.safe_save_file"):
-            monkeypatch.setattr(
-                place,
-                self.counted(
-                    resolve_name(place),
-                    argument=1,
-                ),
-            )
+            monkeypatch.setattr(place, self.counted(resolve_name(place), argument=1))
 
     def count(self, path: object) -> None:
         if isinstance(path, int) or not str(path).startswith(self.below):
@@ -192,8 +205,12 @@ def test_some_failing_calls_of_the_ranker(ranker_command: list, tmp_path: Path):
     sweep(17, errno.ENOSPC, ranker_command, tmp_path)
 
 
+def test_some_failing_calls_of_the_augmentation(augmentation_command: list, tmp_path: Path):
+    sweep(29, errno.ENOSPC, augmentation_command, tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-@pytest.mark.parametrize("stage", ["retriever", "ranker"])
+@pytest.mark.parametrize("stage", ["retriever", "ranker", "augmentation"])
 def test_every_failing_call(code: int, stage: str, request: pytest.FixtureRequest, tmp_path: Path):
     sweep(1, code, request.getfixturevalue(f"{stage}_command"), tmp_path)
