@@ -66,11 +66,12 @@ class Run(NamedTuple):
         return {k: v for k, v in self.settings.items() if k not in NOT_RECIPE}
 
     def name(self) -> str:
-        """Model and preset."""
+        """Model, preset and whether written interactions were trained on."""
         if self.column == RANKER:
             fused = ", fused scores" if self.settings.get("fused") else ""
             return f"{RANKER}, {self.settings['llm_base_model']}{fused}"
-        return f"{self.column}, {self.settings.get('preset', 'paper')}"
+        augmented = ", augmented" if self.settings.get("augmented") else ""
+        return f"{self.column}, {self.settings.get('preset', 'paper')}{augmented}"
 
 
 class Recipe(NamedTuple):

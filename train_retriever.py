@@ -138,9 +138,8 @@ def train(
     from trainer.retriever import catalogue_loss, retrieve
 
     run_dir = config.run_dir
-    fingerprint = folder.fingerprint(
-        config.as_dict(), data, *(x.tobytes() for x in augmented or ())
-    )
+    inputs = [augmented.fingerprint().encode()] if augmented else []
+    fingerprint = folder.fingerprint(config.as_dict(), data, *inputs)
     if config.resume and folder.is_finished(run_dir, OUTPUTS, fingerprint):
         print(f"{run_dir} is finished, there is nothing to resume")
         print(run.metrics_table({"test": read_json(run_dir / "test_metrics.json")}))
@@ -216,6 +215,9 @@ def train(
         "data_fingerprint": data.fingerprint,
         "fingerprint": fingerprint,
     }
+    if augmented:
+        details["augmented_fingerprint"] = augmented.fingerprint()
+        details["num_augmented"] = len(augmented.items)
     log = run.open_run(run_dir, config, details, OUTPUTS, accelerator)
     weights = run_dir / "model.safetensors"
 

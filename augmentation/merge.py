@@ -7,6 +7,7 @@ sequences and so the split. It loads without pickle.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,10 @@ class Interactions(NamedTuple):
 
     users: np.ndarray
     items: np.ndarray
+
+    def fingerprint(self) -> str:
+        """Hash of both."""
+        return hashlib.sha256(self.users.tobytes() + self.items.tobytes()).hexdigest()
 
 
 def save_augmented(path: Path, interactions: Interactions, fingerprint: str) -> None:
