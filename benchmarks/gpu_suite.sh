@@ -32,12 +32,14 @@ users="--users 5"
 retriever="--preset tuned"
 ranker="--lora_val_iterations 1000"
 scale="--steps 10"
+augmentation="--test_batch_size 64"
 if [ "$SMALL" = true ]; then
     train="--batch_size 2 --rounds 1"
     users="--users 1 --title_tokens 2"
     retriever="--max_steps 200 --val_iterations 100"
     ranker="--max_steps 2 --lora_val_iterations 2 --train_batch_size 2 --llm_max_history 3"
     scale="--steps 1 --largest 1000"
+    augmentation="--max_steps 2 --train_batch_size 2 --max_new_tokens 4 --llm_max_text_len 64"
 fi
 
 # step NAME COMMAND...: run once; its last line of output is kept as NAME.json
@@ -58,10 +60,12 @@ step() {
 run() {
     folder=$1
     shift
-    if [ -e "$folder/overall_metrics.json" ] || [ -e "$folder/test_metrics.json" ]; then
-        echo "$folder: done before"
-        return
-    fi
+    for metrics in overall_metrics test_metrics augmentation; do
+        if [ -e "$folder/$metrics.json" ]; then
+            echo "$folder: done before"
+            return
+        fi
+    done
     echo "$folder: $*"
     "$@" --export_root "$folder" --resume true
 }
@@ -84,6 +88,24 @@ run() {
         run "$OUT/smollm2-135m-mixed/$code" $rank --train_candidates mixed
         run "$OUT/smollm2-135m-letters/$code" $rank --train_candidates mixed \
             --response_loss letters
+    done
+    augment="$PYTHON augment_data.py --dataset_code ml-100k $where --llm_base_model smollm2-135m \
+        --llm_load_in_4bit false $augmentation"
+    written=$OUT/llm4idrec
+    judge="--retriever_path $RETRIEVERS/lru/ml-100k"
+    run "$written/free" $augment
+    run "$written/constrained" $augment --reuse "$written/free" --constrained true
+    run "$written/free-judged" $augment --reuse "$written/free" $judge
+    run "$written/constrained-judged" $augment --reuse "$written/constrained" --constrained true \
+        $judge
+    for model in lru sas; do
+        train_on="$PYTHON train_retriever.py --dataset_code ml-100k --model_code $model $where \
+            $retriever"
+        run "$OUT/$model-none" $train_on
+        for kind in free constrained free-judged constrained-judged; do
+            run "$OUT/$model-$kind" $train_on --augmented "$written/$kind"
+            $PYTHON report.py --compare "$OUT/$model-none" "$OUT/$model-$kind"
+        done
     done
     $PYTHON report.py --experiment_root "$OUT"
     for code in $DATASETS; do
