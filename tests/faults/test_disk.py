@@ -120,7 +120,7 @@ def test_files_of_other_scripts_that_may_not_grow(
 
 @limits
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [0, 300, 3_000, 10_000, 20_000, 40_000, 60_000, ENOUGH])
+@pytest.mark.parametrize("size", [0, 300, 3_000, 10_000, 20_000, 40_000, ENOUGH])
 @pytest.mark.parametrize("stage", ["ranker", "augmentation"])
 def test_files_of_other_scripts_at_every_limit(
     stage: str, size: int, request: pytest.FixtureRequest, tmp_path: Path
@@ -180,12 +180,12 @@ def fail_at(place: int, code: int, command: list, folder: Path) -> int:
     words = [str(flag) for flag in flags]
     with pytest.MonkeyPatch.context() as patch:
         disk = FailingDisk(patch, folder, place, code)
-        if place:
-            with pytest.raises(UserError) as caught:
-                MAINS[script](words)
-            assert "\n" not in str(caught.value) and os.strerror(code) in str(caught.value)
-        else:
+        try:
             MAINS[script](words)
+        except UserError as error:
+            assert place and "\n" not in str(error) and os.strerror(code) in str(error)
+        else:  # a process's first run may make a call more than its later ones
+            assert not place or disk.calls < place
     assert_all_whole(folder)
     return disk.calls
 
