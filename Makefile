@@ -16,11 +16,11 @@ run: $(VENV)/.installed
 	$(PY) train_ranker.py $(RANKER_FLAGS)
 
 test: $(VENV)/.installed-dev
-	$(PY) -m pytest
+	$(PY) -m pytest -n logical
 
 # More than a hundred kills, and a failure of every call that writes: takes long.
 faults: $(VENV)/.installed-dev
-	$(PY) -m pytest -m "slow or not slow" tests/faults
+	$(PY) -m pytest -n logical -m "slow or not slow" tests/faults
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .

@@ -19,6 +19,7 @@ from datasets.base import Filters
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run beside each other
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +39,7 @@ def run_script(
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        env={**os.environ, **(env or {})},
         timeout=600,
         **options,
     )

@@ -86,7 +86,6 @@ def run_limited(command: list, size: int, folder: Path) -> None:
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=limit,
     )
     assert_all_whole(folder)

@@ -4,7 +4,6 @@ Each campaign runs a script undisturbed, then once more with SIGKILL at random m
 kills are spent, and lets it finish: the final files must be the same to the byte.
 """
 
-import os
 import random
 import signal
 import subprocess
@@ -43,7 +42,6 @@ def start(command: list, folder: Path) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
