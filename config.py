@@ -642,5 +642,6 @@ def run_main(main: Callable[[Sequence[str] | None], None]) -> None:
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
+        sys.unraisablehook = lambda _: None  # of a progress bar that was half made when it came
         print("interrupted: the same command with --resume true goes on", file=sys.stderr)
         sys.exit(143 if isinstance(error, Terminated) else 130)
