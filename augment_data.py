@@ -103,18 +103,16 @@ def earlier_stages(config: AugmentationConfig) -> dict[str, str]:
     """Fingerprints of the stages of the run named by ``--reuse``.
 
     Raises:
-        UserError: there is no such run.
+        UserError: it is not there, or not finished.
     """
     if config.reuse is None:
         return {}
-    path = Path(config.reuse, "config.json")
-    if not path.is_file():
-        raise UserError(f"--reuse {config.reuse}: no run of augment_data.py there")
-    settings = read_json(path)
-    stages = settings.get("stages") if isinstance(settings, dict) else None
-    if not isinstance(stages, dict):
-        raise UserError(f"--reuse {config.reuse} is not a run of augment_data.py")
-    return stages
+    earlier = Path(config.reuse)
+    if not all((earlier / name).exists() for name in ("config.json", *OUTPUTS)):
+        raise UserError(f"--reuse {earlier}: no finished run of augment_data.py there")
+    if (earlier / folder.CHECKPOINT).exists():
+        raise UserError(f"--reuse {earlier}: not finished, go on with it by --resume true first")
+    return read_json(earlier / "config.json").get("stages", {})
 
 
 def stage_fingerprints(

@@ -28,6 +28,7 @@ from model.retriever import load_retriever
 from tests.conftest import run_script, toy_interactions
 from tests.test_models import make_data
 from tests.test_scripts import interrupt
+from trainer import folder
 
 EOS = 1
 FLAGS = [
@@ -367,14 +368,14 @@ def test_exports_hold_every_interaction_once(data: SequenceDataset, tmp_path: Pa
 @pytest.fixture(scope="module")
 def augmented(toy_flags: list, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on the toy data with a model that knows nothing."""
-    folder = tmp_path_factory.mktemp("augmentation") / "free"
+    run = tmp_path_factory.mktemp("augmentation") / "free"
     done = run_script(
         "augment_data.py", *toy_flags, *FLAGS, "--llm_base_model", tiny_llama,
-        "--export_root", folder,
+        "--export_root", run,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "write: 100%" in done.stderr and "numbers written for 60 users" in done.stdout
-    return folder
+    return run
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -464,6 +465,15 @@ def test_interrupted_augmentation_resumes_to_the_same_bytes(
     assert contents(run) == contents(augmented)
     done = run_script("augment_data.py", *flags)
     assert done.returncode == 0 and "nothing to resume" in done.stdout
+
+
+def test_a_checkpoint_alone_is_gone_on_with(tmp_path: Path):
+    assert not folder.is_started(tmp_path, ("adapter",), "mine")
+    (tmp_path / folder.CHECKPOINT).touch()
+    (tmp_path / "config.json").write_text('{"fingerprint": "mine"}')
+    assert folder.is_started(tmp_path, ("adapter",), "mine")
+    with pytest.raises(UserError, match="other flags"):
+        folder.is_started(tmp_path, ("adapter",), "another")
 
 
 def test_held_out_items_change_nothing_that_is_written(

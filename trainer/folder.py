@@ -92,12 +92,12 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 def is_started(run_dir: Path, outputs: Sequence[str], fingerprint: str) -> bool:
-    """Whether the folder holds any of this run's outputs.
+    """Whether the folder holds a checkpoint or any of the outputs of this run.
 
     Raises:
         UserError: it holds those of a run with another fingerprint.
     """
-    if not any((run_dir / name).exists() for name in outputs):
+    if not any((run_dir / name).exists() for name in (CHECKPOINT, *outputs)):
         return False
     if read_json(run_dir / "config.json").get("fingerprint") != fingerprint:
         raise UserError(
