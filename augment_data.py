@@ -323,7 +323,9 @@ def augment(
     }
     save_augmented(run_dir / FILE_NAME, interactions, data.fingerprint)
     write_json(run_dir / COUNTS, counts)
-    export(merge(data, interactions, "before"), run_dir / "exports", data.code)
+    # RecBole reads data of its own where it is asked for ml-100k.
+    name = f"{data.code}-augmented"
+    export(merge(data, interactions, "before"), run_dir / "exports", name)
     run.close_run(run_dir, log, {"written": total, "kept": counts["kept"]})
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts["dropped"].items())
     print(
