@@ -87,16 +87,12 @@ def check_retriever(config: AugmentationConfig, data: SequenceDataset) -> bytes:
             f"--retriever_path {run_dir}: no finished run of train_retriever.py there, "
             "e.g. experiments/lru/ml-100k"
         )
-    settings = read_json(run_dir / "config.json")
-    if not isinstance(settings, dict) or settings.get("data_fingerprint") != data.fingerprint:
+    if read_json(run_dir / "config.json").get("data_fingerprint") != data.fingerprint:
         raise UserError(
             f"--retriever_path {run_dir} belongs to other data than {data.code}: name a retriever "
             "trained with the same --dataset_code, --data_root, --min_* flags"
         )
-    try:
-        return weights.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {weights}: {error.strerror}") from error
+    return weights.read_bytes()
 
 
 def earlier_stages(config: AugmentationConfig) -> dict[str, str]:
