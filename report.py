@@ -281,9 +281,11 @@ def compare(first: Run, second: Run, metric: str) -> str:
     low, high = interval(differences)
     means = bootstrap_means(differences)
     p = min(1.0, 2 * min((means <= 0).mean(), (means >= 0).mean()))
+    least = 2 / len(means)  # where no sample has the other sign
+    shown = f"= {p:.4f}" if p else f"< {least:.4f}"
     return (
         f"{metric}: {second.folder} minus {first.folder} = {differences.mean():+.4f}, "
-        f"95% interval {low:+.4f} to {high:+.4f}, paired bootstrap p = {p:.4f} "
+        f"95% interval {low:+.4f} to {high:+.4f}, paired bootstrap p {shown} "
         f"({len(differences):,} users)"
     )
 
