@@ -20,7 +20,8 @@ RETRIEVER = [
     "--train_batch_size", 16, "--save_seconds", 0.2, "--ema_decay", 0.9,
 ]  # fmt: skip
 SEARCH = [
-    *RETRIEVER, "--search", "true", "--search_weight_decay", 0, 0.01, "--search_dropout", 0.1, 0.5,
+    *RETRIEVER, "--max_steps", 150, "--search", "true", "--search_weight_decay", 0.01,
+    "--search_dropout", 0.1, 0.5,
 ]  # fmt: skip
 RANKER = [
     "train_ranker.py", "--device", "cpu", "--max_steps", 30, "--lora_val_iterations", 10,
