@@ -77,5 +77,6 @@ def test_a_failing_run_ends_the_search_with_its_reason(toy_flags: list, tmp_path
     )
     assert done.returncode == 2
     message = done.stderr.strip().splitlines()[-1]
-    assert "weight_decay_0_dropout_0.1" in message and "the loss is nan" in message
+    # Two begin together, and either can be the first to fail.
+    assert "weight_decay_0_dropout_0." in message and "the loss is nan" in message
     assert not (tmp_path / "run" / "search.json").exists()
