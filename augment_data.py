@@ -157,8 +157,9 @@ def tuned_model(
     from augmentation.prompts import TrainingExamples
     from dataloader.sampler import ShuffledBatches, training_loader
     from model.verbalizer import response_loss
+    from trainer import run
     from trainer.average import WeightAverage
-    from trainer.loop import LoopSettings, Trainer, build_optimizer, build_schedule, total_steps
+    from trainer.loop import LoopSettings, Trainer, total_steps
 
     adapter = config.run_dir / "adapter"
     model = load_with_adapters(language_model, config, accelerator)
@@ -195,19 +196,12 @@ def tuned_model(
     others = examples(config.seed + 1, config.val_batch_size)
     chosen = np.linspace(0, len(others), min(VAL_EXAMPLES, len(others)), endpoint=False)
     val_batches = others.__getitems__(chosen.astype(int).tolist())
-    optimizer = build_optimizer(
+    optimizer, scheduler = run.build_optimization(
         model,
-        config.optimizer,
+        config,
         lr=config.lora_lr,
-        weight_decay=config.weight_decay,
-        epsilon=config.adam_epsilon,
-        paged=language_model.device == "cuda",
-    )
-    scheduler = build_schedule(
-        optimizer,
-        warmup=config.warmup_steps if config.enable_lr_warmup else 0,
         total=total_steps(settings, len(sampler)),
-        decay=config.lr_decay if config.enable_lr_schedule else None,
+        paged=language_model.device == "cuda",
     )
     loader = training_loader(training, sampler, config.num_workers)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -287,6 +281,7 @@ def augment(
             model,
             prompts,
             GenerationPrompts(data, prompts, config.test_batch_size),
+            written,
             generated,
             constrained=config.constrained,
             temperature=config.temperature,

@@ -153,8 +153,6 @@ def train(
     from trainer.loop import (
         LoopSettings,
         Trainer,
-        build_optimizer,
-        build_schedule,
         total_steps,
     )
     from trainer.ranker import (
@@ -221,19 +219,12 @@ def train(
         for split, batch_size in (("val", config.val_batch_size), ("test", config.test_batch_size))
     }
     model = load_with_adapters(language_model, config, accelerator)
-    optimizer = build_optimizer(
+    optimizer, scheduler = run.build_optimization(
         model,
-        config.optimizer,
+        config,
         lr=config.lora_lr,
-        weight_decay=config.weight_decay,
-        epsilon=config.adam_epsilon,
-        paged=language_model.device == "cuda",
-    )
-    scheduler = build_schedule(
-        optimizer,
-        warmup=config.warmup_steps if config.enable_lr_warmup else 0,
         total=total_steps(settings, len(sampler)),
-        decay=config.lr_decay if config.enable_lr_schedule else None,
+        paged=language_model.device == "cuda",
     )
     train_loader = training_loader(examples, sampler, config.num_workers)
     model, optimizer, train_loader, loaders["val"], loaders["test"] = accelerator.prepare(

@@ -131,8 +131,6 @@ def train(
     from trainer.loop import (
         LoopSettings,
         Trainer,
-        build_optimizer,
-        build_schedule,
         total_steps,
     )
     from trainer.retriever import catalogue_loss, retrieve
@@ -183,19 +181,12 @@ def train(
         )
     else:
         cross_entropy = partial(linear_cross_entropy, label_smoothing=config.label_smoothing)
-    optimizer = build_optimizer(
+    optimizer, scheduler = run.build_optimization(
         model,
-        config.optimizer,
+        config,
         lr=config.lr,
-        weight_decay=config.weight_decay,
-        epsilon=config.adam_epsilon,
-        paged=False,
-    )
-    scheduler = build_schedule(
-        optimizer,
-        warmup=config.warmup_steps if config.enable_lr_warmup else 0,
         total=total_steps(settings, len(sampler)),
-        decay=config.lr_decay if config.enable_lr_schedule else None,
+        paged=False,
     )
     train_loader = training_loader(windows, sampler, config.num_workers)
     loaders = {

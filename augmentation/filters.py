@@ -19,7 +19,7 @@ from dataloader.retriever import Histories
 from dataloader.sampler import evaluation_loader
 from datasets import SequenceDataset
 from model.retriever import load_retriever
-from trainer.retriever import score_histories
+from trainer.retriever import answer_ranks, score_histories
 
 BATCH_SIZE = 256
 REASONS = ("cut", "malformed", "unknown", "had", "repeated", "implausible")
@@ -104,7 +104,7 @@ def judge(
     histories = Histories(data, "val", retriever.max_len, retriever.mask_token)
     starts = np.searchsorted(interactions.users, np.arange(data.num_users + 1))
     ranks = np.empty(len(interactions.users), dtype=np.int64)
-    val_ranks = np.empty(data.num_users, dtype=np.int64)
+    answers, val_ranks = data.answers("val"), np.empty(data.num_users, dtype=np.int64)
     first = 0
     for batch in tqdm(evaluation_loader(histories, BATCH_SIZE, 0), desc="judge", unit="batch"):
         batch = send_to_device(batch, device)
@@ -112,9 +112,9 @@ def judge(
         last = first + len(scores)
         for user, row in enumerate(scores, first):
             written = slice(starts[user], starts[user + 1])
-            asked = np.append(interactions.items[written], data.answers("val")[user])
-            asked_scores = row[torch.from_numpy(asked).to(device, torch.int64)]
-            found = 1 + (row[None] > asked_scores[:, None]).sum(1).cpu().numpy()
+            asked = torch.from_numpy(np.append(interactions.items[written], answers[user]))
+            asked = asked.to(device, torch.int64)
+            found = answer_ranks(row.expand(len(asked), -1), asked).cpu().numpy()
             ranks[written], val_ranks[user] = found[:-1], found[-1]
         first = last
     return Judgement(ranks, val_ranks)

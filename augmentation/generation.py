@@ -135,6 +135,7 @@ def write_interactions(
     model: PreTrainedModel,
     prompts: IdPrompts,
     batches: GenerationPrompts,
+    written: dict[int, Written],
     path: Path,
     *,
     constrained: bool,
@@ -153,7 +154,8 @@ def write_interactions(
         model: the tuned model, in eval mode.
         prompts: builds the prompts, and tells how long an answer may be.
         batches: prompts of all users.
-        path: where texts are kept; users that it has are left alone.
+        written: what there is already; these users are left alone.
+        path: where all texts are kept.
         constrained: whether nothing but items of the catalogue may be written.
         temperature: of the sampling.
         top_p: probability of the likeliest tokens that are sampled among.
@@ -162,7 +164,7 @@ def write_interactions(
         if_memory: what the user can do when the GPU's memory is full.
     """
     catalogue = Catalogue(prompts.items, prompts.eos_id) if constrained else None
-    written = read_written(path)
+    written = dict(written)
     saved_at = time.monotonic()
     users = sum(map(len, batches.batches))
     model.generation_config.pad_token_id = prompts.eos_id

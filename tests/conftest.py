@@ -45,6 +45,12 @@ def run_script(
     )
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files below a folder but ``config.json``, which names the folder and the commit."""
+    found = (path for path in folder.rglob("*") if path.is_file() and path.name != "config.json")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
 def toy_interactions(num_users: int = 60, num_items: int = 40, seed: int = 0) -> list[tuple]:
     """(user, item, timestamp) of users who walk through the catalogue in small steps."""
     rng = np.random.default_rng(seed)

@@ -25,7 +25,7 @@ from dataloader.retriever import TrainingWindows
 from datasets import SequenceDataset
 from model.hub import load_tokenizer
 from model.retriever import load_retriever
-from tests.conftest import run_script, toy_interactions
+from tests.conftest import contents, run_script, toy_interactions
 from tests.test_models import make_data
 from tests.test_scripts import interrupt
 from trainer import folder
@@ -376,11 +376,6 @@ def augmented(toy_flags: list, tiny_llama: Path, tmp_path_factory: pytest.TempPa
     assert done.returncode == 0, done.stderr
     assert "write: 100%" in done.stderr and "numbers written for 60 users" in done.stdout
     return run
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    found = (p for p in folder.rglob("*") if p.is_file() and p.name != "config.json")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
 def test_augmentation_writes_the_contract(augmented: Path):

@@ -7,18 +7,13 @@ import sys
 import time
 from pathlib import Path
 
-from tests.conftest import ROOT, run_script
+from tests.conftest import ROOT, contents, run_script
 
 GRID = [
     "--search", "true", "--search_weight_decay", 0, 0.01, "--search_dropout", 0.1, 0.5,
     "--search_jobs", 2, "--max_steps", 120, "--val_iterations", 20, "--train_batch_size", 16,
     "--device", "cpu",
 ]  # fmt: skip
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    found = (p for p in folder.rglob("*") if p.is_file() and p.name != "config.json")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
 def words(command_line: Path) -> str:
@@ -67,7 +62,7 @@ def test_killed_search_ends_as_an_undisturbed_one(toy_flags: list, tmp_path: Pat
 
     done = run_script("train_retriever.py", *toy_flags, *GRID, "--export_root", broken)
     assert done.returncode == 0, done.stderr
-    assert files(broken) == files(whole)
+    assert contents(broken) == contents(whole)
     assert finished == {path: path.stat().st_mtime_ns for path in finished}
 
 

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from config import CommonConfig, UserError
 from storage import write_json
 from trainer.folder import CHECKPOINT, LOG, clear
-from trainer.loop import RunLog
+from trainer.loop import RunLog, build_optimizer, build_schedule
 
 PROJECT = "llamarec"
 
@@ -31,6 +34,35 @@ def make_accelerator(device: str | None, seed: int) -> Accelerator:
     accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
     set_seed(seed)
     return accelerator
+
+
+def build_optimization(
+    model: nn.Module, config: CommonConfig, *, lr: float, total: int, paged: bool
+) -> tuple[Optimizer, LambdaLR]:
+    """Optimizer and learning rate schedule as the flags say.
+
+    Args:
+        model: the model.
+        config: all settings.
+        lr: learning rate.
+        total: optimizer steps of a run that does not stop early.
+        paged: as of ``build_optimizer``.
+    """
+    optimizer = build_optimizer(
+        model,
+        config.optimizer,
+        lr=lr,
+        weight_decay=config.weight_decay,
+        epsilon=config.adam_epsilon,
+        paged=paged,
+    )
+    scheduler = build_schedule(
+        optimizer,
+        warmup=config.warmup_steps if config.enable_lr_warmup else 0,
+        total=total,
+        decay=config.lr_decay if config.enable_lr_schedule else None,
+    )
+    return optimizer, scheduler
 
 
 def _commit() -> str | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, contents
 
 RETRIEVER = [
     "train_retriever.py", "--device", "cpu", "--max_steps", 400, "--val_iterations", 20,
@@ -52,14 +52,8 @@ def finish(process: subprocess.Popen) -> None:
     assert process.returncode == 0, output
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    """All files but ``config.json``, which names the folder and the time of the code."""
-    found = (path for path in folder.rglob("*") if path.is_file() and path.name != "config.json")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
-
-
 def assert_same(found: Path, expected: Path) -> None:
-    ours, theirs = files(found), files(expected)
+    ours, theirs = contents(found), contents(expected)
     assert sorted(ours) == sorted(theirs)
     assert [name for name in ours if ours[name] != theirs[name]] == []
 
