@@ -150,11 +150,7 @@ def train(
     from storage import atomic_path, write_json
     from trainer import run
     from trainer.average import WeightAverage
-    from trainer.loop import (
-        LoopSettings,
-        Trainer,
-        total_steps,
-    )
+    from trainer.loop import LoopSettings, Trainer, total_steps
     from trainer.ranker import (
         fused_scores,
         fusion_weight,

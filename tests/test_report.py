@@ -24,10 +24,36 @@ def test_paper_tables_hold_both_tables():
 
 def test_interval_is_that_of_the_mean():
     values = (np.random.default_rng(0).random(2000) < 0.3).astype(float)
-    low, high = report.interval(values)
+    low, high = report.interval(values[None], np.ones((1, 2000), dtype=bool))
     error = 1.96 * np.sqrt(values.mean() * (1 - values.mean()) / len(values))
     assert low == pytest.approx(values.mean() - error, abs=error / 10)
     assert high == pytest.approx(values.mean() + error, abs=error / 10)
+
+
+def test_interval_of_runs_that_retrieved_other_users_is_around_their_mean(retrieved: Path):
+    first = report.read_run(retrieved)
+    ranks = np.tile([1, 8], 500)
+    easy, all_users = ranks == 1, np.ones(1000, dtype=bool)
+    runs = [
+        first._replace(ranks=ranks, retrieved=easy),
+        first._replace(ranks=ranks, retrieved=all_users, settings=first.settings | {"seed": 7}),
+    ]
+    values, counted = report.Recipe("both", runs).gains("Recall@5", True)
+    mean = values[counted].mean()  # 1,000 of the 1,500 counted; 3 of 4 averaged user by user
+    low, high = report.interval(values, counted)
+    assert mean == pytest.approx(2 / 3) and low < mean < high and high < 0.72
+
+
+def test_baselines_of_table_3_are_on_the_users_lrurec_retrieved(retrieved: Path):
+    lru = report.read_run(retrieved)
+    tuned = lru._replace(
+        settings=lru.settings | {"preset": "tuned"}, retrieved=np.roll(lru.retrieved, 1)
+    )
+    sas = lru._replace(settings=lru.settings | {"model_code": "sas"}, retrieved=~lru.retrieved)
+    found = report.on_shared_users(sas, [sas, tuned, lru])
+    assert (found.retrieved == lru.retrieved).all() and (found.ranks == sas.ranks).all()
+    assert report.on_shared_users(sas, [sas]) is sas
+    assert report.on_shared_users(tuned, [lru, tuned]) is tuned
 
 
 def test_report_on_a_run(retrieved: Path, tmp_path: Path):
