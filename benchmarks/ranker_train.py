@@ -58,10 +58,13 @@ def prompt_builder(setup: Setup, data: SequenceDataset) -> PromptBuilder:
     )
 
 
-def build(setup: Setup, device: torch.device, checkpointing: bool | None) -> PeftModel:
-    """The model with adapters; ``checkpointing`` None lets it be decided as in training."""
+def build(setup: Setup, device: torch.device, which: str) -> PeftModel:
+    """The model with adapters, as the published recipe or as ours has it."""
     causal_lm = load_causal_lm(setup.folder, device=device, in_4bit=setup.in_4bit)
-    if checkpointing is None:
+    if which == "published":
+        causal_lm.set_attn_implementation("sdpa")
+        checkpointing = True
+    else:
         checkpointing = needs_checkpointing(causal_lm, setup.max_tokens)
     return add_lora(
         causal_lm,
@@ -91,7 +94,7 @@ def steps(
         seed=0,
     )
     torch.manual_seed(0)
-    model = build(setup, device, checkpointing=True if which == "published" else None)
+    model = build(setup, device, which)
     if which == "published":
         for module in model.modules():
             if isinstance(module, Dropout):

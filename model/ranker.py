@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from config import UserError
+from model.attention import speed_up_on_cpu
 from model.layers import Dropout
 from storage import reason
 
@@ -65,6 +66,7 @@ def load_causal_lm(folder: Path, *, device: torch.device, in_4bit: bool) -> PreT
     model.get_output_embeddings().register_forward_pre_hook(
         lambda _, inputs: (inputs[0].contiguous(),)
     )
+    speed_up_on_cpu(model)
     return model
 
 

@@ -16,6 +16,7 @@ from dataloader.candidates import Candidates
 from dataloader.prompt import PromptBuilder
 from dataloader.ranker import EvaluationPrompts, TrainingPrompts, pad_left, sample_negatives
 from dataloader.sampler import evaluation_loader
+from model import attention
 from model.ranker import (
     activation_bytes_per_token,
     add_lora,
@@ -297,6 +298,35 @@ def test_gradient_checkpointing_changes_no_gradient(prompts: PromptBuilder, tiny
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     for plain, recomputed in zip(*gradients):
         torch.testing.assert_close(plain, recomputed)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_by_blocks_has_stock_gradients(
+    tiny_llama: Path, padded: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(attention, "BLOCK", 16)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float64)
+    embeddings = torch.randn(3, 50, 64, dtype=torch.float64)
+    mask = torch.ones(3, 50, dtype=torch.int64)
+    if padded:
+        mask[0, :20] = 0
+        mask[1, :1] = 0
+    results = []
+    for name in ("sdpa", attention.NAME):
+        model.set_attn_implementation(name)
+        model.zero_grad()
+        inputs = embeddings.clone().requires_grad_()
+        hidden = model.model(inputs_embeds=inputs, attention_mask=mask).last_hidden_state
+        hidden = hidden * mask[:, :, None]
+        hidden.sin().sum().backward()
+        weights = [p.grad for p in model.model.parameters() if p.grad is not None]
+        results.append([hidden.detach(), inputs.grad, *weights])
+    assert len(results[0]) > 10
+    for stock, ours in zip(*results):
+        torch.testing.assert_close(ours, stock)
+    assert load_causal_lm(tiny_llama, device=CPU, in_4bit=False).config._attn_implementation == (
+        attention.NAME
+    )
 
 
 def toy_candidates() -> Candidates:
