@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from augmentation.merge import Interactions, load_augmented, merge
-from config import RETRIEVER_PRESETS, RetrieverConfig, UserError, check_device, parse, run_main
+from config import RetrieverConfig, UserError, check_device, parse, retriever_preset, run_main
 from datasets import SequenceDataset, load_dataset
 from datasets.base import Filters
 from storage import read_json, reading
@@ -29,7 +29,7 @@ OUTPUTS = ("model.safetensors", "candidates.npz", "val_metrics.json", "test_metr
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the settings and the data, then train."""
-    config = parse(RetrieverConfig, argv, __doc__, presets=RETRIEVER_PRESETS)
+    config = parse(RetrieverConfig, argv, __doc__, preset=retriever_preset)
     check_device(config.device)
     data = load_dataset(
         config.dataset_code,

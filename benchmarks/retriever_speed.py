@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from benchmarks import padded
-from config import MODEL_CODES, RETRIEVER_PRESETS, RetrieverConfig
+from config import MODEL_CODES, RetrieverConfig, retriever_preset
 from dataloader.retriever import Histories, MaskedWindows, TrainingWindows
 from datasets import SequenceDataset, load_dataset
 from datasets.base import Filters
@@ -161,8 +161,8 @@ def main() -> None:
         for model_code in flags.models:
             for threads in flags.threads:
                 torch.set_num_threads(threads)
-                preset = RETRIEVER_PRESETS["paper"].get(code, {})
-                config = RetrieverConfig(dataset_code=code, model_code=model_code, **preset)
+                given = {"dataset_code": code, "model_code": model_code}
+                config = RetrieverConfig(**retriever_preset(given), **given)
                 rows.append(measure(data, config, torch.device("cpu"), flags.rounds))
                 print(rows[-1], file=sys.stderr)
     print(json.dumps({"benchmark": "retriever_speed", "device": "cpu", "rows": rows}))

@@ -48,6 +48,7 @@ class NARM(nn.Module):
         self.encoding_dropout = Dropout(attn_dropout)
         self.bilinear = nn.Linear(2 * hidden_dim, hidden_dim, bias=False)
         truncated_normal_(self)
+        self.gru.reset_parameters()  # states of so small weights would stay near zero
 
     def _states(self, x: Tensor, positions: Tensor) -> Tensor:
         """(N, D) embeddings to (N, D) states of the GRU, without padding."""

@@ -4,13 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from config import (
-    RETRIEVER_PRESETS,
-    RankerConfig,
-    RetrieverConfig,
-    UserError,
-    parse,
-)
+from config import RankerConfig, RetrieverConfig, UserError, parse, retriever_preset
 from tests.conftest import run_script
 
 # Every flag of the published code that does something there, with a value it understands.
@@ -35,7 +29,7 @@ REFERENCE_FLAGS = """
 
 
 def retriever(*flags: str) -> RetrieverConfig:
-    return parse(RetrieverConfig, flags, "", presets=RETRIEVER_PRESETS)
+    return parse(RetrieverConfig, flags, "", preset=retriever_preset)
 
 
 def ranker(*flags: str) -> RankerConfig:
@@ -48,6 +42,16 @@ def test_presets_of_the_paper():
     config = retriever("--dataset_code", "games")
     assert (config.max_len, config.train_batch_size) == (50, 64)
     assert (config.dropout, config.weight_decay, config.lr) == (0.5, 0.01, 0.001)
+
+
+def test_presets_of_the_models():
+    flags = ["--dataset_code", "beauty", "--model_code"]
+    assert retriever(*flags, "narm").num_blocks == 1
+    assert retriever(*flags, "narm", "--num_blocks", "2").num_blocks == 2
+    assert retriever(*flags, "bert").dropout == 0.2 and retriever(*flags, "sas").dropout == 0.5
+    tuned = retriever(*flags, "bert", "--preset", "tuned")
+    assert (tuned.max_steps, tuned.dropout, tuned.hidden_units) == (12000, 0.2, 128)
+    assert retriever(*flags, "sas", "--preset", "tuned").max_steps == 5000
 
 
 def test_tuned_preset_keeps_the_data_sets_sizes():
