@@ -1,13 +1,15 @@
-"""Whether the ranker's lean scoring gives stock transformers' scores, on real prompts.
+r"""Whether the ranker's lean scoring gives stock transformers' scores, on real prompts.
 
 Ours passes the last position through the labels' rows of the output layer, in float32. Stock
 computes the logits of all positions over the vocabulary, in the model's precision, with padding on
 either side. In bfloat16 stock's logits have 8 bits, so that many of the 20 are equal; beside them
 stands what stock's hidden states give with a float32 output layer, and how stock differs from
-itself when only the batch size changes.
+itself when only the batch size changes. With a trained adapter, also what adding it to the weights
+would change.
 
 Example:
-    python benchmarks/ranker_exactness.py --dataset_code games --prompts 200
+    python benchmarks/ranker_exactness.py --dataset_code games --prompts 200 \
+        --adapter experiments/smollm2-135m/games/adapter
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import pandas as pd
 import torch
+from peft import PeftModel
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -64,6 +67,16 @@ def stock(
     return output.logits[rows, last][:, label_ids].float(), hidden @ weight.T
 
 
+@torch.inference_mode()
+def lean(
+    model: PreTrainedModel, batches: list[dict[str, Tensor]], label_ids: Tensor, title: str
+) -> Tensor:
+    """(B, C) scores of the ranker."""
+    return torch.cat(
+        [candidate_scores(model, batch, label_ids) for batch in tqdm(batches, desc=title)]
+    ).cpu()
+
+
 def compare(found: Tensor, expected: Tensor) -> dict[str, float]:
     """Largest difference, how often the best candidate is one of the best, rank correlation."""
     best = expected.gather(1, found.argmax(1, keepdim=True))[:, 0]
@@ -84,6 +97,7 @@ def main() -> None:
     parser.add_argument("--cache_root", default="data/cache")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--adapter", help="a run's adapter folder; the plain base model if absent")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     setup = prepare(SMALL_MODEL, device, Path(arguments.cache_root), None)
@@ -113,20 +127,16 @@ def main() -> None:
     for precision in ("float32", "bfloat16"):
         model = AutoModelForCausalLM.from_pretrained(
             setup.folder, dtype=getattr(torch, precision), device_map={"": device}
-        ).eval()
+        )
+        if arguments.adapter:
+            model = PeftModel.from_pretrained(model, arguments.adapter)
+        model.eval()
         alone: tuple[Tensor, Tensor] | None = None
         for batch_size in (1, 16):
             parts = [sequences[i : i + batch_size] for i in range(0, len(sequences), batch_size)]
             title = f"{precision}, batch size {batch_size}"
-            with torch.inference_mode():
-                ours = torch.cat(
-                    [
-                        candidate_scores(
-                            model, to_device(pad_left(x, setup.eos_id), device), label_ids
-                        )
-                        for x in tqdm(parts, desc=f"{title}, ours")
-                    ]
-                ).cpu()
+            batches = [to_device(pad_left(x, setup.eos_id), device) for x in parts]
+            ours = lean(model, batches, label_ids, f"{title}, ours")
             for side in ("left", "right"):
                 if batch_size == 1 and side == "right":
                     continue  # no padding
@@ -157,6 +167,14 @@ def main() -> None:
                         | {"ours": "stock", "against": "stock, batch size 1"}
                         | compare(logits, alone[0])
                     )
+        if arguments.adapter:
+            model.merge_adapter()
+            merged = lean(model, batches, label_ids, f"{title}, merged")
+            rows.append(
+                {"precision": precision, "batch_size": 16, "padding": "left"}
+                | {"ours": "lean, adapter merged", "against": "lean"}
+                | compare(merged, ours)
+            )
     print(json.dumps({"benchmark": "ranker_exactness", "device": device.type, "rows": rows}))
 
 
