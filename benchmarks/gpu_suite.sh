@@ -6,7 +6,8 @@
 #
 # RETRIEVERS holds the candidates: runs of train_retriever.py as lru/<data set>; they are trained
 # here where they are missing. TOKENIZER is Llama 2's, whose weights are made up (the true shape);
-# without it the 7B rows are left out. DEVICE=cpu SMALL=true tries all steps in minutes without a GPU.
+# without it the 7B rows are left out. DEVICE=cpu SMALL=true tries all steps on one data set without
+# a GPU, in half an hour.
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
@@ -17,6 +18,9 @@ CACHE_ROOT=${CACHE_ROOT:-data/cache}
 OUT=${OUT:-experiments/gpu_suite}
 RETRIEVERS=${RETRIEVERS:-$OUT/experiments}
 TOKENIZER=${TOKENIZER:-}
+if [ "$SMALL" = true ]; then
+    DATASETS=${DATASETS:-ml-100k}
+fi
 DATASETS=${DATASETS:-ml-100k beauty games}
 mkdir -p "$OUT"
 
@@ -29,6 +33,7 @@ fi
 where="--data_root $DATA_ROOT --cache_root $CACHE_ROOT --device $DEVICE"
 train="--batch_size 16 --rounds 10"
 users="--users 5"
+prompts="--prompts 200"
 retriever="--preset tuned"
 ranker="--lora_val_iterations 1000"
 scale="--steps 10"
@@ -36,6 +41,7 @@ augmentation="--test_batch_size 64"
 if [ "$SMALL" = true ]; then
     train="--batch_size 2 --rounds 1"
     users="--users 1 --title_tokens 2"
+    prompts="--prompts 2"
     retriever="--max_steps 200 --val_iterations 100"
     ranker="--max_steps 2 --lora_val_iterations 2 --train_batch_size 2 --llm_max_history 3"
     scale="--steps 1 --largest 1000"
@@ -76,6 +82,10 @@ run() {
         --datasets $DATASETS $train
     step ranker_inference $PYTHON benchmarks/ranker_inference.py $where --models $models $large \
         $users --figure "$OUT/ranker_inference.png"
+    for code in $DATASETS; do
+        step "ranker_exactness-$code" $PYTHON benchmarks/ranker_exactness.py $where \
+            --dataset_code "$code" $prompts
+    done
     step scale $PYTHON benchmarks/scale.py --device "$DEVICE" $scale
     for code in $DATASETS; do
         run "$RETRIEVERS/lru/$code" $PYTHON train_retriever.py --dataset_code "$code" $where \
