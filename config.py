@@ -452,7 +452,7 @@ _TUNED = {
     "best_metric": "NDCG@10",
 }
 _TUNED_BY_DATASET = {"beauty": {"max_steps": 5000}}
-_TUNED_BY_MODEL = {"bert": {"max_steps": 12000}}  # a step learns from the masked items alone
+_TUNED_BY_MODEL = {"bert": {"max_steps": 6000}}  # a step learns from the masked items alone
 
 
 def retriever_preset(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def test_presets_of_the_models():
     assert retriever(*flags, "narm", "--num_blocks", "2").num_blocks == 2
     assert retriever(*flags, "bert").dropout == 0.2 and retriever(*flags, "sas").dropout == 0.5
     tuned = retriever(*flags, "bert", "--preset", "tuned")
-    assert (tuned.max_steps, tuned.dropout, tuned.hidden_units) == (12000, 0.2, 128)
+    assert (tuned.max_steps, tuned.dropout, tuned.hidden_units) == (6000, 0.2, 128)
     assert retriever(*flags, "sas", "--preset", "tuned").max_steps == 5000
 
 
