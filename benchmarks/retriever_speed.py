@@ -54,8 +54,8 @@ def measure(
     torch.manual_seed(0)
     code, max_len, size = config.model_code, config.max_len, config.train_batch_size
 
-    def build() -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = build_retriever(
+    def build() -> nn.Module:
+        return build_retriever(
             code,
             num_items=data.num_items,
             max_len=max_len,
@@ -65,16 +65,15 @@ def measure(
             dropout=config.dropout,
             attn_dropout=config.attn_dropout,
         ).to(device)
-        optimizer = build_optimizer(
-            model, "AdamW", lr=1e-3, weight_decay=0.01, epsilon=1e-9, paged=False
-        )
-        return model, optimizer
 
-    plain_model, plain_optimizer = build()
+    adam = {"lr": 1e-3, "weight_decay": 0.01}
+    plain_model = build()
     for module in plain_model.modules():
         if isinstance(module, Dropout):
             module.__class__ = nn.Dropout  # the plain way drops out as torch does
-    model, optimizer = build()
+    plain_optimizer = torch.optim.AdamW(plain_model.parameters(), eps=1e-9, **adam)
+    model = build()
+    optimizer = build_optimizer(model, "AdamW", epsilon=1e-9, paged=False, **adam)
     windows = TrainingWindows(data, max_len, 1.0)
     if code == "bert":
         windows = MaskedWindows(data, max_len, 1.0, config.mask_prob, 0)

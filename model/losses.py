@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Output = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 # Scores held at once: what a cache holds on the CPU, what memory can spare on a GPU.
-CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
+CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 MIN_CHUNK_ROWS = 64
 
 
@@ -36,7 +36,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         label_smoothing: float,
     ) -> Tensor:
         elements = CHUNK_ELEMENTS.get(x.device.type, CHUNK_ELEMENTS["cuda"])
-        rows = max(MIN_CHUNK_ROWS, elements // len(weight))
+        rows = min(max(MIN_CHUNK_ROWS, elements // len(weight)), len(x))
+        buffer = x.new_empty(rows, len(weight))  # for all chunks: fresh memory is slow to touch
         spread = label_smoothing / len(weight)  # of the target's mass, on every item
         loss = x.new_zeros(())
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
@@ -44,7 +45,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for part, grad_part, label in zip(
             x.split(rows), grad_x.split(rows), labels[:, None].split(rows)
         ):
-            scores = nn.functional.linear(part, weight, bias)  # (rows, V)
+            scores = torch.mm(part, weight.T, out=buffer[: len(part)])  # (rows, V + 1)
+            if bias is not None:
+                scores += bias
             highest = scores.amax(1, keepdim=True)
             loss += (highest - (1 - label_smoothing) * scores.gather(1, label)).sum()
             if spread:

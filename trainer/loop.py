@@ -148,7 +148,7 @@ def build_optimizer(
         from bitsandbytes.optim import PagedAdamW32bit
 
         return PagedAdamW32bit(parameters, lr=lr, eps=epsilon)
-    return getattr(torch.optim, name)(parameters, lr=lr, eps=epsilon)
+    return getattr(torch.optim, name)(parameters, lr=lr, eps=epsilon, fused=True)
 
 
 def build_schedule(optimizer: Optimizer, *, warmup: int, total: int, decay: str | None) -> LambdaLR:
