@@ -9,9 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.checkpoint import checkpoint
 
 from model.layers import Dropout, truncated_normal_
 from model.losses import Output
+
+CHUNK_PAIRS = 1 << 13
 
 
 class NARM(nn.Module):
@@ -64,15 +67,43 @@ class NARM(nn.Module):
         return states.index_copy(0, order, self.gru(packed)[0].data)
 
     def _attend(self, states: Tensor, positions: Tensor, keep: Tensor) -> Tensor:
-        """(K, D) sums of the states up to each kept position, weighted by their energies."""
-        counts = positions[keep] + 1  # states that position attends to
-        group = torch.repeat_interleave(counts)  # (P,) which kept position a pair belongs to
-        first = counts.cumsum(0) - counts
-        place = torch.arange(len(group), device=group.device) - first[group]
-        source = (keep - positions[keep])[group] + place
-        query, key = self.query(states[keep]), self.key(states)
+        """(K, D) sums of the states up to each kept position, weighted by their energies.
+
+        Pairs of positions are taken in chunks and computed anew for the gradient: those of 16
+        sequences of 200 items would fill a gigabyte.
+        """
+        counts = positions[keep] + 1  # states that a position attends to
+        sizes = torch.bincount(counts.cumsum(0) // CHUNK_PAIRS).tolist()
+        parts = zip(
+            self.query(states[keep]).split(sizes),
+            (keep - positions[keep]).split(sizes),
+            counts.split(sizes),
+        )
+        key = self.key(states)
+        sums = [
+            checkpoint(
+                self._attend_chunk,
+                query,
+                key,
+                states,
+                *ranges,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+            for query, *ranges in parts
+            if len(query)
+        ]
+        return torch.cat(sums)
+
+    def _attend_chunk(
+        self, query: Tensor, key: Tensor, states: Tensor, starts: Tensor, counts: Tensor
+    ) -> Tensor:
+        """(C, D) such sums for queries (C, D) of the ``counts`` states that begin at ``starts``."""
+        group = torch.repeat_interleave(counts)  # (P,) which query a pair belongs to
+        place = torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts)[group]
+        source = starts[group] + place
         energy = self.energy(torch.sigmoid(query[group] + key[source]))  # (P, 1)
-        sums = states.new_zeros(len(keep), states.shape[-1])
+        sums = states.new_zeros(len(counts), states.shape[-1])
         return sums.index_add(0, group, energy * states[source])
 
     def forward(
