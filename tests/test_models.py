@@ -7,12 +7,19 @@ from torch import nn
 
 from dataloader.retriever import Histories, MaskedWindows, TrainingWindows
 from datasets.base import SequenceDataset
+from model import narm
 from model.layers import Dropout
 from model.lru import LRURec, linear_recurrence
 from model.narm import NARM
 from model.retriever import build_retriever
 from model.transformer import TransformerRec
 from trainer.retriever import catalogue_loss
+
+
+@pytest.fixture(autouse=True)
+def several_chunks(monkeypatch: pytest.MonkeyPatch):
+    """What these tests look at would fit into one chunk."""
+    monkeypatch.setattr(narm, "CHUNK_PAIRS", 50)
 
 
 def make_data(lengths: list[int], num_items: int = 30, seed: int = 0) -> SequenceDataset:
