@@ -8,7 +8,7 @@ from torch import nn
 from dataloader.retriever import Histories, MaskedWindows, TrainingWindows
 from datasets.base import SequenceDataset
 from model import narm
-from model.layers import Dropout
+from model.layers import Dropout, SelfAttention, jagged_rows
 from model.lru import LRURec, linear_recurrence
 from model.narm import NARM
 from model.retriever import build_retriever
@@ -302,6 +302,20 @@ def test_dropout_drops_the_share_and_keeps_the_mean(p: float):
     pairs = (kept[:, 1:] & kept[:, :-1]).float().mean().item()
     assert pairs == pytest.approx((1 - p) ** 2, abs=3e-3)
     assert torch.equal(layer.eval()(x), x)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_with_dropout_is_right_on_average(causal: bool):
+    torch.manual_seed(0)
+    layer = SelfAttention(8, 2, 0.0, 0.25, causal=causal)
+    positions = torch.cat([torch.arange(n) for n in (5, 1, 3)])
+    rows = jagged_rows(positions, 5, filled=not causal)
+    qkv = torch.randn(9, 24)
+    expected = layer.eval()._attend(qkv, rows)
+    layer.train()
+    draws = torch.stack([layer._attend(qkv, rows) for _ in range(4000)])
+    assert draws.std(0).min() > 0.01
+    torch.testing.assert_close(draws.mean(0), expected, rtol=0, atol=0.05)
 
 
 def test_initial_eigenvalues_lie_in_the_ring():
