@@ -78,7 +78,7 @@ def _transformer(model: TransformerRec, item_ids: Tensor) -> Tensor:
             y.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2)
             for y in layer.in_proj(x).chunk(3, dim=-1)
         )
-        dropout = layer.attn_dropout if model.training else 0.0
+        dropout = layer.attn_dropout.p if model.training else 0.0
         y = scaled_dot_product_attention(query, key, value, allowed[:, None], dropout)
         y = y.transpose(1, 2).flatten(-2)
         x = layer.layer_norm(x + layer.dropout(layer.out_proj(y)))
