@@ -12,12 +12,13 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from config import DATASET_CODES, UserError, run_main
+from config import DATASET_CODES, RankerConfig, RetrieverConfig, UserError, run_main
 from metrics import METRIC_GAINS, user_gains
 from storage import atomic_path, read_json, reading
 from trainer.folder import HANDLING, LOG, SEARCH_RUNS
@@ -62,8 +63,17 @@ class Run(NamedTuple):
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The settings that shape its results, without the seed."""
-        return {k: v for k, v in self.settings.items() if k not in NOT_RECIPE}
+        """The settings that shape its results, without the seed and what is the default.
+
+        So a run from before a flag was there belongs to those that leave the flag alone.
+        """
+        config = RankerConfig if self.column == RANKER else RetrieverConfig
+        defaults = json.loads(json.dumps({spec.name: spec.default for spec in fields(config)}))
+        return {
+            name: value
+            for name, value in self.settings.items()
+            if name not in NOT_RECIPE and not (name in defaults and value == defaults[name])
+        }
 
     def name(self) -> str:
         """Model, preset and whether written interactions were trained on."""

@@ -76,8 +76,10 @@ def test_runs_of_one_recipe_are_averaged_over_seeds(retrieved: Path):
         settings=first.settings | {"seed": 7, "export_root": "elsewhere"}, ranks=first.ranks + 1
     )
     other = first._replace(folder=Path("other"), settings=first.settings | {"dropout": 0.125})
-    ((code, (base, changed)),) = report.find_recipes([first, again, other]).items()
-    assert (code, len(base.runs), len(changed.runs)) == ("custom", 2, 1)
+    older = {k: v for k, v in first.settings.items() if k != "augmented_place"} | {"seed": 8}
+    older = first._replace(settings=older, ranks=first.ranks + 2)
+    ((code, (base, changed)),) = report.find_recipes([first, again, other, older]).items()
+    assert (code, len(base.runs), len(changed.runs)) == ("custom", 3, 1)
     assert base.name == f"LRURec, paper ({first.folder})"
     assert changed.name == "LRURec, paper (other)"
     lines = report.table(code, [base], {"all_users": {}, "retrieved_users": {}}, subset=False)
