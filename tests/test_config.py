@@ -46,7 +46,8 @@ def test_presets_of_the_paper():
 
 def test_presets_of_the_models():
     flags = ["--dataset_code", "beauty", "--model_code"]
-    assert retriever(*flags, "narm").num_blocks == 1
+    assert retriever(*flags, "narm").num_blocks == 1 and retriever(*flags, "narm").dropout == 0.5
+    assert retriever(*flags, "narm", "--preset", "tuned").dropout == 0.1
     assert retriever(*flags, "narm", "--num_blocks", "2").num_blocks == 2
     assert retriever(*flags, "bert").dropout == 0.2 and retriever(*flags, "sas").dropout == 0.5
     tuned = retriever(*flags, "bert", "--preset", "tuned")
