@@ -429,7 +429,7 @@ def _check_metric(flag_name: str, metric: str, ks_flag: str, ks: tuple[int, ...]
 
 # Presets: what differs from the fields' defaults -----------------------------------------------
 
-# Section 4.0.4. Where it gives a grid (dropout, weight decay), a point that validation prefers.
+# Section 4.0.4. Where it gives a grid (dropout, weight decay), a point of it.
 _LONG_HISTORIES = {"max_len": 200, "train_batch_size": 16}
 _PAPER_BY_DATASET = {"ml-100k": _LONG_HISTORIES, "ml-100k-classic": _LONG_HISTORIES}
 _PAPER_BY_MODEL = {

@@ -6,8 +6,8 @@
 #
 # RETRIEVERS holds the candidates: runs of train_retriever.py as lru/<data set>; they are trained
 # here where they are missing. TOKENIZER is Llama 2's, whose weights are made up (the true shape);
-# without it the 7B rows are left out. DEVICE=cpu SMALL=true tries all steps on one data set without
-# a GPU, in half an hour.
+# without it the 7B rows are left out. DEVICE=cpu SMALL=true tries all steps without a GPU, on one data
+# set unless DATASETS names others.
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
@@ -18,10 +18,6 @@ CACHE_ROOT=${CACHE_ROOT:-data/cache}
 OUT=${OUT:-experiments/gpu_suite}
 RETRIEVERS=${RETRIEVERS:-$OUT/experiments}
 TOKENIZER=${TOKENIZER:-}
-if [ "$SMALL" = true ]; then
-    DATASETS=${DATASETS:-ml-100k}
-fi
-DATASETS=${DATASETS:-ml-100k beauty games}
 mkdir -p "$OUT"
 
 models=smollm2-135m
@@ -31,6 +27,7 @@ if [ -n "$TOKENIZER" ]; then
     large="--tokenizer $TOKENIZER"
 fi
 where="--data_root $DATA_ROOT --cache_root $CACHE_ROOT --device $DEVICE"
+datasets="ml-100k beauty games"
 train="--batch_size 16 --rounds 10"
 users="--users 5"
 prompts="--prompts 200"
@@ -39,6 +36,7 @@ ranker="--lora_val_iterations 1000"
 scale="--steps 10"
 augmentation="--test_batch_size 64"
 if [ "$SMALL" = true ]; then
+    datasets=ml-100k
     train="--batch_size 2 --rounds 1"
     users="--users 1 --title_tokens 2"
     prompts="--prompts 2"
@@ -47,6 +45,7 @@ if [ "$SMALL" = true ]; then
     scale="--steps 1 --largest 1000"
     augmentation="--max_steps 2 --train_batch_size 2 --max_new_tokens 4 --llm_max_text_len 64"
 fi
+DATASETS=${DATASETS:-$datasets}
 
 # step NAME COMMAND...: run once; its last line of output is kept as NAME.json
 step() {
