@@ -115,9 +115,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def hard_negatives_of(
-    config: RankerConfig, data: SequenceDataset, size: int, accelerator: Accelerator
-) -> np.ndarray:
-    """(examples, size) what the retriever would have put beside each training answer."""
+    config: RankerConfig, data: SequenceDataset, seen: np.ndarray, accelerator: Accelerator
+) -> np.ndarray | None:
+    """(examples, k) what the retriever would have put beside the answers of the examples seen."""
+    if config.train_candidates == "random":
+        return None
+    import numpy as np
+    from torch.utils.data import Subset
+
     from dataloader.retriever import Prefixes
     from dataloader.sampler import evaluation_loader
     from model.retriever import load_retriever
@@ -125,8 +130,11 @@ def hard_negatives_of(
 
     retriever = load_retriever(config.retrieved_dir, data.num_items)
     prefixes = Prefixes(data, retriever.max_len, retriever.mask_token)
-    loader = evaluation_loader(prefixes, RETRIEVER_BATCH_SIZE, config.num_workers)
-    return hard_negatives(retriever.model.to(accelerator.device), loader, size)
+    loader = evaluation_loader(Subset(prefixes, seen), RETRIEVER_BATCH_SIZE, config.num_workers)
+    size = config.llm_negative_sample_size // (1 if config.train_candidates == "retrieved" else 2)
+    negatives = np.zeros((len(prefixes), size), np.int32)
+    negatives[seen] = hard_negatives(retriever.model.to(accelerator.device), loader, size)
+    return negatives
 
 
 def train(
@@ -167,25 +175,6 @@ def train(
         print(run.metrics_table({"two stages": read_json(run_dir / "overall_metrics.json")}))
         return
     accelerator = run.make_accelerator(config.device, config.seed)
-    negatives = None
-    if config.train_candidates != "random":
-        size = config.llm_negative_sample_size
-        negatives = hard_negatives_of(
-            config, data, size if config.train_candidates == "retrieved" else size // 2, accelerator
-        )
-    examples = TrainingPrompts(
-        data,
-        prompts,
-        num_negatives=config.llm_negative_sample_size,
-        hard_negatives=negatives,
-        max_history=config.llm_max_history,
-        max_rows=config.lora_micro_batch_size or config.train_batch_size,
-        max_tokens=max_tokens,
-        eos_id=eos_id,
-        on_inputs=config.llm_train_on_inputs,
-        seed=config.seed,
-    )
-    sampler = ShuffledBatches(len(examples), config.train_batch_size, config.seed)
     settings = LoopSettings(
         num_epochs=config.lora_num_epochs,
         max_steps=config.max_steps,
@@ -196,6 +185,21 @@ def train(
         save_seconds=config.save_seconds,
         if_nan="start anew with a lower --lora_lr",
         if_memory=f"lower --tokens_per_batch from {max_tokens:,} and go on with --resume true",
+    )
+    num_examples = len(data.training_prefixes()[0])
+    sampler = ShuffledBatches(num_examples, config.train_batch_size, config.seed)
+    steps = total_steps(settings, len(sampler))
+    examples = TrainingPrompts(
+        data,
+        prompts,
+        num_negatives=config.llm_negative_sample_size,
+        hard_negatives=hard_negatives_of(config, data, sampler.seen(steps), accelerator),
+        max_history=config.llm_max_history,
+        max_rows=config.lora_micro_batch_size or config.train_batch_size,
+        max_tokens=max_tokens,
+        eos_id=eos_id,
+        on_inputs=config.llm_train_on_inputs,
+        seed=config.seed,
     )
     loaders = {
         split: evaluation_loader(
@@ -219,7 +223,7 @@ def train(
         model,
         config,
         lr=config.lora_lr,
-        total=total_steps(settings, len(sampler)),
+        total=steps,
         paged=language_model.device == "cuda",
     )
     train_loader = training_loader(examples, sampler, config.num_workers)

@@ -135,15 +135,12 @@ def main() -> None:
         for batch_size in (1, 16):
             parts = [sequences[i : i + batch_size] for i in range(0, len(sequences), batch_size)]
             title = f"{precision}, batch size {batch_size}"
-            batches = [to_device(pad_left(x, setup.eos_id), device) for x in parts]
-            ours = lean(model, batches, label_ids, f"{title}, ours")
             for side in ("left", "right"):
                 if batch_size == 1 and side == "right":
                     continue  # no padding
-                found = [
-                    stock(model, to_device(pad(x, setup.eos_id, side), device), label_ids)
-                    for x in tqdm(parts, desc=f"{title}, stock")
-                ]
+                batches = [to_device(pad(x, setup.eos_id, side), device) for x in parts]
+                ours = lean(model, batches, label_ids, f"{title}, ours")
+                found = [stock(model, x, label_ids) for x in tqdm(batches, desc=f"{title}, stock")]
                 logits, lifted = (torch.cat(x).cpu() for x in zip(*found))
                 kind = {"precision": precision, "batch_size": batch_size, "padding": side}
                 rows.append(kind | {"ours": "lean", "against": "stock"} | compare(ours, logits))
@@ -171,7 +168,7 @@ def main() -> None:
             model.merge_adapter()
             merged = lean(model, batches, label_ids, f"{title}, merged")
             rows.append(
-                {"precision": precision, "batch_size": 16, "padding": "left"}
+                {"precision": precision, "batch_size": batch_size, "padding": side}
                 | {"ours": "lean, adapter merged", "against": "lean"}
                 | compare(merged, ours)
             )

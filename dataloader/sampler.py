@@ -33,9 +33,15 @@ class ShuffledBatches(Sampler[list[int]]):
     def __len__(self) -> int:
         return -(-self.num_examples // self.batch_size)
 
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_examples)
+
+    def seen(self, num_batches: int) -> np.ndarray:
+        """Sorted indices of the examples that the first batches of all epochs hold."""
+        return np.sort(self._order(0)[: num_batches * self.batch_size])
+
     def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_examples)
-        order += self.epoch * self.num_examples
+        order = self._order(self.epoch) + self.epoch * self.num_examples
         for start in range(self.first_batch * self.batch_size, self.num_examples, self.batch_size):
             yield order[start : start + self.batch_size].tolist()
 

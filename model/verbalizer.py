@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -15,12 +16,12 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 def candidate_scores(model: nn.Module, batch: dict[str, Any], label_ids: Tensor) -> Tensor:
     """Scores of the candidates: the logits of their labels after the prompt, in one forward pass.
 
-    Only the last position passes the output layer, only the labels' rows of it are multiplied, and
-    that in float32: in bfloat16, 20 logits of one size are often equal.
+    Only the prompt's last position passes the output layer, only the labels' rows of it are
+    multiplied, and that in float32: in bfloat16, 20 logits of one size are often equal.
 
     Args:
         model: causal LM, with or without adapters.
-        batch: left-padded ``input_ids`` and ``attention_mask``, (B, L).
+        batch: ``input_ids`` and ``attention_mask``, (B, L), padded on either side.
         label_ids: (C,) token ids of the labels.
 
     Returns:
@@ -33,7 +34,9 @@ def candidate_scores(model: nn.Module, batch: dict[str, Any], label_ids: Tensor)
         attention_mask=mask,
         position_ids=position_ids(mask),
         use_cache=False,
-    ).last_hidden_state[:, -1]  # (B, D)
+    ).last_hidden_state  # (B, L, D)
+    last = mask.cumsum(-1).argmax(-1)
+    hidden = hidden[torch.arange(len(last), device=last.device), last]
     head = causal_lm.get_output_embeddings()
     bias = None if head.bias is None else head.bias[label_ids].float()
     return nn.functional.linear(hidden.float(), head.weight[label_ids].float(), bias)

@@ -15,7 +15,7 @@ from dataloader import ranker as ranker_batches
 from dataloader.candidates import Candidates
 from dataloader.prompt import PromptBuilder
 from dataloader.ranker import EvaluationPrompts, TrainingPrompts, pad_left, sample_negatives
-from dataloader.sampler import evaluation_loader
+from dataloader.sampler import ShuffledBatches, evaluation_loader
 from model import attention
 from model.ranker import (
     activation_bytes_per_token,
@@ -119,6 +119,17 @@ def test_hard_negatives_are_all_there(prompts: PromptBuilder):
     assert sorted(np.delete(candidates, place)) == hard[0].tolist()
 
 
+@pytest.mark.parametrize("batches", [0, 1, 3, 5, 9])
+def test_the_examples_that_are_seen(batches: int):
+    sampler = ShuffledBatches(num_examples=17, batch_size=4, seed=3)
+    seen = []
+    for epoch in range(2):
+        sampler.seek(epoch)
+        seen += list(sampler)
+    expected = {number % 17 for batch in seen[:batches] for number in batch}
+    assert sampler.seen(batches).tolist() == sorted(expected)
+
+
 def test_negatives_where_few_items_are_left():
     rng = np.random.default_rng(0)
     found = sample_negatives(rng, 6, np.array([1, 2, 3]), 5)
@@ -189,10 +200,7 @@ def test_loss_equals_stock_and_micro_batches_change_nothing(
         assert split.item() == pytest.approx(total / count, rel=1e-5)
 
 
-def stock_scores(
-    model: torch.nn.Module, sequences: list[np.ndarray], label_ids: torch.Tensor, side: str
-) -> torch.Tensor:
-    """The labels' logits as stock transformers computes them for a padded batch."""
+def padded(sequences: list[np.ndarray], side: str) -> dict[str, torch.Tensor]:
     longest = max(map(len, sequences))
     ids = torch.ones(len(sequences), longest, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -200,10 +208,18 @@ def stock_scores(
         start = longest - len(sequence) if side == "left" else 0
         ids[row, start : start + len(sequence)] = torch.from_numpy(sequence)
         mask[row, start : start + len(sequence)] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def stock_scores(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], label_ids: torch.Tensor
+) -> torch.Tensor:
+    """The labels' logits as stock transformers computes them for a padded batch."""
+    mask = batch["attention_mask"]
     last = mask.cumsum(1).argmax(1)
     places = (mask.cumsum(1) - 1).clamp(min=0)
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=places).logits
-    return logits[torch.arange(len(ids)), last][:, label_ids]
+    logits = model(**batch, position_ids=places).logits
+    return logits[torch.arange(len(mask)), last][:, label_ids]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -218,11 +234,12 @@ def test_scores_equal_full_logits(
         for _ in range(16)
     ]
     label_ids = torch.from_numpy(prompts.label_ids)
-    batches = [sequences[i : i + batch_size] for i in range(0, 16, batch_size)]
+    groups = [sequences[i : i + batch_size] for i in range(0, 16, batch_size)]
     with torch.no_grad():
-        stock = torch.cat([stock_scores(model, x, label_ids, side) for x in batches])
-        ours = torch.cat([candidate_scores(model, pad_left(x, 1), label_ids) for x in batches])
-    torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5)
+        stock = torch.cat([stock_scores(model, padded(x, side), label_ids) for x in groups])
+        for batches in ([padded(x, side) for x in groups], [pad_left(x, 1) for x in groups]):
+            ours = torch.cat([candidate_scores(model, x, label_ids) for x in batches])
+            torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("in_4bit", [True, False])

@@ -11,10 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+import train_ranker
+from config import RankerConfig
+from datasets import SequenceDataset
 from tests.conftest import ROOT, run_script
 from trainer import folder
 
@@ -366,6 +370,20 @@ def test_ranker_with_every_option(retrieved: Path, tiny_llama: Path, tmp_path: P
     assert done.returncode == 0, done.stderr
     assert names(run) == RANKER_FILES and "no gradient checkpointing" in done.stdout
     assert read(run / "config.json")["gradient_checkpointing"] is False
+
+
+def test_hard_negatives_of_the_examples_that_are_seen(toy_data: SequenceDataset, retrieved: Path):
+    flags = {"dataset_code": "custom", "interactions": "-", "items": "-"}
+    config = RankerConfig(
+        **flags, llm_retrieved_path=str(retrieved), train_candidates="mixed", device="cpu"
+    )
+    every = np.arange(len(toy_data.training_prefixes()[0]))
+    accelerator = Accelerator(cpu=True)
+    found = train_ranker.hard_negatives_of(config, toy_data, every, accelerator)
+    some = train_ranker.hard_negatives_of(config, toy_data, every[1::3], accelerator)
+    assert found.shape == (len(every), 9) and (found > 0).any(1).all()
+    assert np.array_equal(some[1::3], found[1::3])
+    assert not np.delete(some, every[1::3], axis=0).any()
 
 
 def test_full_memory_and_loss_that_is_no_number(
