@@ -266,6 +266,9 @@ class LanguageModelConfig(CommonConfig):
         "recompute activations to save memory; auto: if they would not fit",
         choices=("auto", "true", "false"),
     )
+    use_liger_kernel: bool = flag(
+        False, "fused kernels of the package liger-kernel, where it is installed; CUDA", boolean
+    )
     tokens_per_batch: int | None = flag(
         None,
         f"most tokens in memory at once in training; {TOKENS_PER_BATCH['cuda']} on CUDA, "

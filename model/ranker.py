@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.integrations.liger import apply_liger_kernel
 
 from config import UserError
 from model.attention import speed_up_on_cpu
@@ -25,13 +26,18 @@ PROBE_TOKENS = 64
 MEMORY_SHARE = 0.8  # of what is free; the rest is for gradients, temporaries and fragmentation
 
 
-def load_causal_lm(folder: Path, *, device: torch.device, in_4bit: bool) -> PreTrainedModel:
+def load_causal_lm(
+    folder: Path, *, device: torch.device, in_4bit: bool, fused_kernels: bool = False
+) -> PreTrainedModel:
     """Load a causal LM with bfloat16 weights, or NF4 with double quantisation (QLoRA).
 
     Args:
         folder: the model's files.
         device: where the weights go.
         in_4bit: quantise the linear layers to NF4, computing in bfloat16.
+        fused_kernels: norms, rotary positions and gated layers by Liger, on CUDA (P. Hsu et al.,
+            Liger Kernel: Efficient Triton Kernels for LLM Training, 2024,
+            https://arxiv.org/abs/2410.10989).
 
     Raises:
         UserError: the folder holds no causal LM that can be loaded.
@@ -67,7 +73,26 @@ def load_causal_lm(folder: Path, *, device: torch.device, in_4bit: bool) -> PreT
         lambda _, inputs: (inputs[0].contiguous(),)
     )
     speed_up_on_cpu(model)
+    if fused_kernels:
+        use_fused_kernels(model)
     return model
+
+
+def use_fused_kernels(model: PreTrainedModel) -> None:
+    """Let Liger's kernels compute norms, rotary positions and gated layers.
+
+    Raises:
+        UserError: it has none for this model.
+    """
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise UserError(
+            f"--use_liger_kernel true: liger-kernel has none for {model.config.model_type}; "
+            "leave the flag out"
+        )
+    # Its losses would replace the model's forward pass; ours read few positions anyway.
+    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
 
 def activation_bytes_per_token(model: PreTrainedModel) -> float:

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.ranker import add_lora, load_causal_lm
+from model.verbalizer import candidate_scores, response_loss
 from tests.conftest import run_script
 
 pytestmark = [
@@ -29,3 +31,26 @@ def test_both_stages(toy_flags: list, tiny_llama: Path, tmp_path: Path):
     config = json.loads((ranker / "config.json").read_text())
     assert config["llm_load_in_4bit"] and config["device"].startswith("cuda")
     assert (ranker / "overall_metrics.json").exists()
+
+
+def test_liger_changes_no_score_and_no_gradient(tiny_llama: Path):
+    pytest.importorskip("liger_kernel")
+    cuda = torch.device("cuda")
+    ids = torch.randint(0, 100, (4, 60), generator=torch.Generator().manual_seed(0)).cuda()
+    mask = torch.ones_like(ids)
+    mask[1, :20] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    found = []
+    for fused in (False, True):  # Liger replaces the rotary positions of all models: it comes last
+        torch.manual_seed(0)
+        model = load_causal_lm(tiny_llama, device=cuda, in_4bit=False, fused_kernels=fused)
+        model = add_lora(
+            model, rank=4, alpha=8, dropout=0.0, target_modules=("q_proj", "v_proj"),
+            gradient_checkpointing=False,
+        ).float().train()  # fmt: skip
+        response_loss(model, batch | {"targets": ids[:, -2:]}).backward()
+        with torch.no_grad():
+            scores = candidate_scores(model, batch, torch.arange(20, device=cuda))
+        found.append([scores, *(p.grad for p in model.parameters() if p.requires_grad)])
+    for stock, fused in zip(*found):
+        torch.testing.assert_close(fused, stock, rtol=1e-3, atol=1e-4)

@@ -409,6 +409,7 @@ def model(what: str, name: str, content: Content, says: str, flags: str = "") ->
 
 
 MODELS = [
+    Mistake("kernels", f"{CANDIDATES} --use_liger_kernel true", "its kernels need CUDA"),
     Mistake("no such model", CANDIDATES, "--llm_base_model ./none: no such"),
     Mistake("no such tokenizer", f"{MODEL} --llm_base_tokenizer ./no", "--llm_base_tokenizer ./no"),
     Mistake("model out of reach", f"{MODEL} --llm_base_model a/b", "cannot be downloaded",

@@ -5,11 +5,12 @@ Nothing here imports torch before it must, so that mistakes answer at once.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokenizers import Tokenizer
 
-from config import TOKENS_PER_BATCH, LanguageModelConfig, cuda_driver
+from config import TOKENS_PER_BATCH, LanguageModelConfig, UserError, cuda_driver
 from model.hub import (
     LARGE_MODEL,
     SMALL_MODEL,
@@ -70,6 +71,8 @@ def find_language_model(config: LanguageModelConfig) -> LanguageModel:
 
         on_cuda = torch.cuda.is_available()
     device = "cuda" if on_cuda else "cpu"
+    if config.use_liger_kernel:
+        check_liger(device)
     name = config.llm_base_model or (LARGE_MODEL if on_cuda else SMALL_MODEL)
     if config.llm_base_model is None:
         print(f"base model: {name}, the default {'on CUDA' if on_cuda else 'without CUDA'}")
@@ -90,6 +93,18 @@ def find_language_model(config: LanguageModelConfig) -> LanguageModel:
     )
 
 
+def check_liger(device: str) -> None:
+    """Answer at once where there can be no fused kernels.
+
+    Raises:
+        UserError: the package is missing, or the device is none it is made for.
+    """
+    if device != "cuda":
+        raise UserError("--use_liger_kernel true: its kernels need CUDA; leave the flag out")
+    if find_spec("liger_kernel") is None:
+        raise UserError("--use_liger_kernel true: pip install liger-kernel first")
+
+
 def load_with_adapters(
     language_model: LanguageModel, config: LanguageModelConfig, accelerator: Accelerator
 ) -> PeftModel:
@@ -104,6 +119,7 @@ def load_with_adapters(
         language_model.base.folder,
         device=accelerator.device,
         in_4bit=language_model.in_4bit,
+        fused_kernels=config.use_liger_kernel,
     )
     checkpointing = config.gradient_checkpointing == "true"
     if config.gradient_checkpointing == "auto":
