@@ -6,7 +6,8 @@ tokens, cuts the batch where padding is least, computes logits at the response o
 nothing unless memory demands it. Both do one optimizer step on the same prompts in turn; ratios of
 medians. ``floor_share`` is the time that the arithmetic alone would take (4 x parameters x tokens
 of the prompts at the rate of a large bfloat16 matrix product, measured here) over our time. Peak
-memory comes from a process of its own for each on the CPU, from the allocator on CUDA.
+memory comes from a process of its own for each on the CPU, from the allocator on CUDA. On CUDA
+``liger`` is ours with ``--use_liger_kernel true``, where that package is installed.
 
 ``llama-2-7b`` has the true shape and random weights: Llama 2 cannot be passed on.
 
@@ -24,6 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -60,7 +62,9 @@ def prompt_builder(setup: Setup, data: SequenceDataset) -> PromptBuilder:
 
 def build(setup: Setup, device: torch.device, which: str) -> PeftModel:
     """The model with adapters, as the published recipe or as ours has it."""
-    causal_lm = load_causal_lm(setup.folder, device=device, in_4bit=setup.in_4bit)
+    causal_lm = load_causal_lm(
+        setup.folder, device=device, in_4bit=setup.in_4bit, fused_kernels=which == "liger"
+    )
     if which == "published":
         causal_lm.set_attn_implementation("sdpa")
         checkpointing = True
@@ -164,31 +168,47 @@ def matmul_rate(device: torch.device) -> float:
     return 2 * size**3 / statistics.median(seconds[2:])
 
 
+def time_steps(
+    setup: Setup,
+    data: SequenceDataset,
+    batch_size: int,
+    device: str,
+    rounds: int,
+    recipes: tuple[str, ...],
+) -> tuple[list[float], float]:
+    """Median seconds of a step by recipe, in turn on the same prompts; mean tokens of a step."""
+    runs = [steps(setup, data, batch_size, torch.device(device), which) for which in recipes]
+    rng = np.random.default_rng(0)
+    seconds: list[list[float]] = [[] for _ in recipes]
+    tokens = []
+    for turn in range(rounds + 1):
+        numbers = rng.integers(10_000, size=batch_size).tolist()
+        for step, durations in zip(runs, seconds):
+            start = time.perf_counter()
+            count = step(numbers)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                durations.append(time.perf_counter() - start)
+        if turn:
+            tokens.append(count)
+    return list(map(statistics.median, seconds)), statistics.mean(tokens)
+
+
 def measure(
     setup: Setup, data: SequenceDataset, batch_size: int, device: torch.device, rounds: int
 ) -> dict:
     """One row."""
-    memory = {
-        which: in_own_process(memory_of_a_step, setup, data, batch_size, device.type, which)
-        for which in ("published", "ours")
-    }
-    runs = {w: steps(setup, data, batch_size, device, w) for w in ("published", "ours")}
-    rng = np.random.default_rng(0)
-    seconds: dict[str, list[float]] = {"published": [], "ours": []}
-    tokens = []
-    for turn in range(rounds + 1):
-        numbers = rng.integers(10_000, size=batch_size).tolist()
-        for which, step in runs.items():
-            start = time.perf_counter()
-            count = step(numbers)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn:
-                seconds[which].append(time.perf_counter() - start)
-        if turn:
-            tokens.append(count)
-    published_s, ours_s = (statistics.median(seconds[w]) for w in ("published", "ours"))
-    floor_s = 4 * setup.num_parameters * statistics.mean(tokens) / matmul_rate(device)
+    what = (setup, data, batch_size, device.type)
+    memory = {w: in_own_process(memory_of_a_step, *what, w) for w in ("published", "ours")}
+    liger = {}
+    if device.type == "cuda" and find_spec("liger_kernel"):
+        # It changes the rotary positions of all models, hence a process of its own.
+        (liger_s,), _ = in_own_process(time_steps, *what, rounds, ("liger",))
+        liger_mib = in_own_process(memory_of_a_step, *what, "liger")
+        liger = {"liger_s": round(liger_s, 3), "liger_mib": round(liger_mib, 1)}
+    (published_s, ours_s), tokens = time_steps(*what, rounds, ("published", "ours"))
+    floor_s = 4 * setup.num_parameters * tokens / matmul_rate(device)
     return {
         "model": setup.name,
         "dataset": data.code,
@@ -197,12 +217,13 @@ def measure(
         "published_s": round(published_s, 3),
         "ours_s": round(ours_s, 3),
         "prompts_per_s": round(batch_size / ours_s, 3),
-        "tokens_per_s": round(statistics.mean(tokens) / ours_s, 1),
+        "tokens_per_s": round(tokens / ours_s, 1),
         "throughput_ratio": round(published_s / ours_s, 2),
         "published_mib": round(memory["published"], 1),
         "ours_mib": round(memory["ours"], 1),
         "memory_ratio": round(memory["published"] / memory["ours"], 2),
         "floor_share": round(floor_s / ours_s, 3),
+        **liger,
     }
 
 
