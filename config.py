@@ -196,6 +196,12 @@ class RetrieverConfig(CommonConfig):
     negatives: int | None = flag(
         None, "score this many sampled items in training; the whole catalogue if absent", positive
     )
+    loss_precision: str = flag(
+        "float32",
+        "of the matrix products with the catalogue in training; bfloat16 is faster on CPUs and "
+        "GPUs that multiply it",
+        choices=("float32", "bfloat16"),
+    )
     search: bool = flag(
         False, "train every point of the grid below and keep the best in validation", boolean
     )

@@ -116,6 +116,7 @@ def train(
 ) -> None:
     """Train, select on validation, evaluate on the test split and write the run's files."""
     # Imported late, so that the mistakes above answer without waiting for torch.
+    import torch
     from safetensors.torch import load_model, save_model
 
     from dataloader.candidates import FILE_NAME, Candidates, save_candidates
@@ -171,12 +172,15 @@ def train(
     )
     if encodings is not None:
         set_item_embeddings(model.embedding.weight, encodings)
+    precision = torch.bfloat16 if config.loss_precision == "bfloat16" else None
     if config.negatives:
         cross_entropy = SampledCrossEntropy(
-            training.training_counts(), config.negatives, accelerator.device
+            training.training_counts(), config.negatives, accelerator.device, precision
         )
     else:
-        cross_entropy = partial(linear_cross_entropy, label_smoothing=config.label_smoothing)
+        cross_entropy = partial(
+            linear_cross_entropy, label_smoothing=config.label_smoothing, precision=precision
+        )
     optimizer, scheduler = run.build_optimization(
         model,
         config,

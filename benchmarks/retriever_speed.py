@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -30,6 +31,7 @@ from dataloader.retriever import Histories, MaskedWindows, TrainingWindows
 from datasets import SequenceDataset, load_dataset
 from datasets.base import Filters
 from model.layers import Dropout
+from model.losses import linear_cross_entropy
 from model.retriever import build_retriever
 from trainer.loop import build_optimizer
 from trainer.retriever import answer_ranks, catalogue_loss, score_histories
@@ -48,7 +50,11 @@ def interleaved(plain: Callable[[], None], ours: Callable[[], None], rounds: int
 
 
 def measure(
-    data: SequenceDataset, config: RetrieverConfig, device: torch.device, rounds: int
+    data: SequenceDataset,
+    config: RetrieverConfig,
+    device: torch.device,
+    rounds: int,
+    precision: torch.dtype | None,
 ) -> dict:
     """Times and ratios for one model on one data set."""
     torch.manual_seed(0)
@@ -66,6 +72,7 @@ def measure(
             attn_dropout=config.attn_dropout,
         ).to(device)
 
+    loss = partial(linear_cross_entropy, precision=precision)
     adam = {"lr": 1e-3, "weight_decay": 0.01}
     plain_model = build()
     for module in plain_model.modules():
@@ -98,7 +105,7 @@ def measure(
 
     def our_step() -> None:
         (batch,) = windows.__getitems__(next(turns["ours"]))
-        step(model, optimizer, catalogue_loss(model, batch))
+        step(model, optimizer, catalogue_loss(model, batch, loss))
 
     plain_s, ours_s = interleaved(plain_step, our_step, rounds)
 
@@ -151,7 +158,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODEL_CODES), choices=MODEL_CODES)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--loss_precision", default="float32", choices=("float32", "bfloat16"))
     flags = parser.parse_args()
+    precision = torch.bfloat16 if flags.loss_precision == "bfloat16" else None
     rows = []
     for code in flags.datasets:
         data = load_dataset(
@@ -162,9 +171,11 @@ def main() -> None:
                 torch.set_num_threads(threads)
                 given = {"dataset_code": code, "model_code": model_code}
                 config = RetrieverConfig(**retriever_preset(given), **given)
-                rows.append(measure(data, config, torch.device("cpu"), flags.rounds))
+                cpu = torch.device("cpu")
+                rows.append(measure(data, config, cpu, flags.rounds, precision))
                 print(rows[-1], file=sys.stderr)
-    print(json.dumps({"benchmark": "retriever_speed", "device": "cpu", "rows": rows}))
+    about = {"benchmark": "retriever_speed", "loss_precision": flags.loss_precision}
+    print(json.dumps(about | {"device": "cpu", "rows": rows}))
 
 
 if __name__ == "__main__":

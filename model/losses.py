@@ -34,18 +34,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         label_smoothing: float,
+        precision: torch.dtype | None,
     ) -> Tensor:
         elements = CHUNK_ELEMENTS.get(x.device.type, CHUNK_ELEMENTS["cuda"])
+        if precision is not None:
+            elements *= 2  # every chunk costs a pass over the items' gradients besides
         rows = min(max(MIN_CHUNK_ROWS, elements // len(weight)), len(x))
-        buffer = x.new_empty(rows, len(weight))  # for all chunks: fresh memory is slow to touch
+        # For all chunks, as fresh memory is slow to touch. What is multiplied may be narrower than
+        # the softmax, which then has a buffer of its own.
+        buffer = x.new_empty(rows, len(weight))
+        products = buffer if precision is None else torch.empty_like(buffer, dtype=precision)
+        narrow_x, narrow_weight = x.to(products.dtype), weight.to(products.dtype)
         spread = label_smoothing / len(weight)  # of the target's mass, on every item
         loss = x.new_zeros(())
-        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+        grad_x, grad_weight = torch.empty_like(narrow_x), torch.zeros_like(weight)
         grad_bias = None if bias is None else torch.zeros_like(bias)
         for part, grad_part, label in zip(
-            x.split(rows), grad_x.split(rows), labels[:, None].split(rows)
+            narrow_x.split(rows), grad_x.split(rows), labels[:, None].split(rows)
         ):
-            scores = torch.mm(part, weight.T, out=buffer[: len(part)])  # (rows, V + 1)
+            product = products[: len(part)]  # (rows, V + 1)
+            scores = torch.mm(part, narrow_weight.T, out=product)
+            if precision is not None:
+                scores = buffer[: len(part)].copy_(product)
             if bias is not None:
                 scores += bias
             highest = scores.amax(1, keepdim=True)
@@ -60,11 +70,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad -= spread
             target = grad.new_full((), label_smoothing - 1).expand_as(label)
             grad.scatter_add_(1, label, target)
-            torch.mm(grad, weight, out=grad_part)
-            grad_weight.addmm_(grad.T, part)
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
-        ctx.save_for_backward(grad_x, grad_weight, grad_bias)
+            if precision is None:
+                grad_weight.addmm_(grad.T, part)
+            else:
+                grad = product.copy_(grad)
+                grad_weight += grad.T @ part
+            torch.mm(grad, narrow_weight, out=grad_part)
+        ctx.save_for_backward(grad_x.to(x.dtype), grad_weight, grad_bias)
         return loss / len(x)
 
     @staticmethod
@@ -77,6 +91,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if grad_bias is None else grad_bias * scale,
             None,
             None,
+            None,
         )
 
 
@@ -87,6 +102,7 @@ def linear_cross_entropy(
     *,
     labels: Tensor,
     label_smoothing: float = 0.0,
+    precision: torch.dtype | None = None,
 ) -> Tensor:
     """Mean cross-entropy of ``x @ weight.T + bias`` that never holds all (K, V + 1) scores.
 
@@ -96,8 +112,10 @@ def linear_cross_entropy(
         bias: (V + 1,) or None.
         labels: (K,) item ids.
         label_smoothing: share of the target that is spread over all items.
+        precision: of the matrix products; the arguments' own if None. Softmax and sums over the
+            rows keep theirs.
     """
-    return _LinearCrossEntropy.apply(x, weight, bias, labels, label_smoothing)
+    return _LinearCrossEntropy.apply(x, weight, bias, labels, label_smoothing, precision)
 
 
 class SampledCrossEntropy:
@@ -112,16 +130,21 @@ class SampledCrossEntropy:
         counts: (V + 1,) how often each item is a label in training; 0 for the start token.
         num_negatives: S, draws a batch, with replacement.
         device: where the loss is computed.
+        precision: of the products with the negatives, the arguments' own if None.
     """
 
     def __init__(
-        self, counts: np.ndarray, num_negatives: int, device: torch.device | str = "cpu"
+        self,
+        counts: np.ndarray,
+        num_negatives: int,
+        device: torch.device | str = "cpu",
+        precision: torch.dtype | None = None,
     ) -> None:
         # Half of the draws by frequency, half uniform over the items: popular items weigh most in
         # the denominator, and none may have a probability near 0, which would explode its score.
         items = np.arange(len(counts)) > 0
         q = 0.5 * counts / counts.sum() + 0.5 * items / items.sum()
-        self.num_negatives = num_negatives
+        self.num_negatives, self.precision = num_negatives, precision
         self.cumulative = torch.from_numpy(np.cumsum(q / q.sum())).to(device)
         with np.errstate(divide="ignore"):  # the start token is never drawn
             self.correction = torch.from_numpy(np.log(num_negatives * q)).float().to(device)
@@ -139,6 +162,8 @@ class SampledCrossEntropy:
         if bias is not None:
             label_scores = label_scores + bias[labels]
             offsets = offsets + bias[negatives]
+        if self.precision is not None:
+            x, others = x.to(self.precision), others.to(self.precision)
         scores = x @ others.T + offsets  # (K, S)
         scores = scores.masked_fill(labels[:, None] == negatives, -torch.inf)
         total = torch.logaddexp(label_scores, scores.logsumexp(1))

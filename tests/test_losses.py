@@ -1,5 +1,7 @@
 """Losses over the catalogue against torch's, and what sampling does to them."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -41,6 +43,28 @@ def test_chunked_cross_entropy_equals_torch(
         assert found.item() == pytest.approx(expected.item(), rel=1e-12)
         inputs = [t for t in (x, weight, offset) if t is not None]
         assert_same_gradients(found, expected, inputs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("negatives", [None, 64])
+@pytest.mark.parametrize("rows", [1, 64, 1000])
+def test_products_in_bfloat16_move_little(
+    rows: int, negatives: int | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", 64 * 150)
+    x, weight, bias, labels = output_inputs(rows, 299, 1)
+    x, weight, bias = inputs = [t.detach().float().requires_grad_() for t in (x, weight, bias)]
+    found = []
+    for precision in (None, torch.bfloat16):
+        torch.manual_seed(0)
+        if negatives:
+            loss = SampledCrossEntropy(np.arange(300), negatives, precision=precision)
+        else:
+            loss = partial(linear_cross_entropy, label_smoothing=0.1, precision=precision)
+        found.append(loss(x, weight, bias, labels=labels))
+    assert found[0].item() != found[1].item() == pytest.approx(found[0].item(), rel=2e-3)
+    for exact, narrow in zip(*(torch.autograd.grad(loss, inputs) for loss in found)):
+        assert exact.dtype == narrow.dtype == torch.float32
+        assert (exact - narrow).norm() < 0.01 * exact.norm()
 
 
 def test_sampled_cross_entropy_approaches_the_full_one():
