@@ -21,7 +21,7 @@ import numpy as np
 from config import DATASET_CODES, RankerConfig, RetrieverConfig, UserError, run_main
 from metrics import METRIC_GAINS, user_gains
 from storage import atomic_path, read_json, reading
-from trainer.folder import HANDLING, LOG, SEARCH_RUNS
+from trainer.folder import HANDLING, LOG, SEARCH, SEARCH_RUNS
 
 PAPER = Path(__file__).parent / "experiments" / "paper.json"
 PAPER_MODELS = {"lru": "LRURec", "sas": "SASRec", "bert": "BERT4Rec", "narm": "NARM"}
@@ -32,6 +32,7 @@ BOOTSTRAP_SAMPLES = 10_000
 NOT_RECIPE = HANDLING | {
     "seed", "commit", "torch", "device", "fingerprint", "data_fingerprint", "retrieved_from",
 }  # fmt: skip
+SEARCHED = {"weight_decay", "dropout", "attn_dropout"}  # what a grid search chooses
 
 
 class Run(NamedTuple):
@@ -67,21 +68,22 @@ class Run(NamedTuple):
 
         So a run from before a flag was there belongs to those that leave the flag alone.
         """
+        left_out = NOT_RECIPE | (SEARCHED if self.settings.get("searched") else set())
         config = RankerConfig if self.column == RANKER else RetrieverConfig
         defaults = json.loads(json.dumps({spec.name: spec.default for spec in fields(config)}))
         return {
             name: value
             for name, value in self.settings.items()
-            if name not in NOT_RECIPE and not (name in defaults and value == defaults[name])
+            if name not in left_out and not (name in defaults and value == defaults[name])
         }
 
     def name(self) -> str:
-        """Model, preset and whether written interactions were trained on."""
+        """Model, preset, whether by grid search, whether written interactions were trained on."""
         if self.column == RANKER:
             fused = ", fused scores" if self.settings.get("fused") else ""
             return f"{RANKER}, {self.settings['llm_base_model']}{fused}"
-        augmented = ", augmented" if self.settings.get("augmented") else ""
-        return f"{self.column}, {self.settings.get('preset', 'paper')}{augmented}"
+        extras = [word for word in ("searched", "augmented") if self.settings.get(word)]
+        return ", ".join([self.column, self.settings.get("preset", "paper"), *extras])
 
 
 class Recipe(NamedTuple):
@@ -125,6 +127,8 @@ def read_run(folder: Path) -> Run | None:
         else:
             return None
     settings = read_json(folder / "config.json")
+    if (folder / SEARCH).exists():
+        settings["searched"] = True
     fused = None
     if fused_ranks is not None:
         fused = Run(folder, settings | {"fused": True}, fused_ranks, retrieved)
@@ -161,16 +165,17 @@ def on_shared_users(run: Run, runs: Sequence[Run]) -> Run:
 
 
 def find_recipes(runs: Sequence[Run]) -> dict[str, list[Recipe]]:
-    """The runs by data set, those of one recipe together.
+    """The runs by data set, those of one recipe together, one for each seed.
 
     Recipes of one model and preset are told apart by the folder of their first run.
     """
-    groups: dict[tuple[str, str], dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict = defaultdict(lambda: defaultdict(dict))  # [data set, name][recipe][seed]
     for run in runs:
-        groups[run.dataset, run.name()][json.dumps(run.recipe, sort_keys=True)].append(run)
+        by_seed = groups[run.dataset, run.name()][json.dumps(run.recipe, sort_keys=True)]
+        by_seed.setdefault(run.settings.get("seed"), run)
     recipes = defaultdict(list)
     for (dataset, name), by_settings in groups.items():
-        for found in by_settings.values():
+        for found in map(list, map(dict.values, by_settings.values())):
             folder = f" ({found[0].folder})" if len(by_settings) > 1 else ""
             recipes[dataset].append(Recipe(name + folder, found))
     order = [*PAPER_MODELS.values(), RANKER]

@@ -78,7 +78,8 @@ def test_runs_of_one_recipe_are_averaged_over_seeds(retrieved: Path):
     other = first._replace(folder=Path("other"), settings=first.settings | {"dropout": 0.125})
     older = {k: v for k, v in first.settings.items() if k != "augmented_place"} | {"seed": 8}
     older = first._replace(settings=older, ranks=first.ranks + 2)
-    ((code, (base, changed)),) = report.find_recipes([first, again, other, older]).items()
+    runs = [first, again, other, older, again._replace(folder=Path("the same once more"))]
+    ((code, (base, changed)),) = report.find_recipes(runs).items()
     assert (code, len(base.runs), len(changed.runs)) == ("custom", 3, 1)
     assert base.name == f"LRURec, paper ({first.folder})"
     assert changed.name == "LRURec, paper (other)"
@@ -86,6 +87,18 @@ def test_runs_of_one_recipe_are_averaged_over_seeds(retrieved: Path):
     means = [np.mean(run.ranks <= 5) for run in base.runs]
     recall, spread = (line.split("|")[4].split()[0] for line in lines[2:4])
     assert recall == f"{np.mean(means):.4f}" and spread == f"{np.std(means, ddof=1):.4f}"
+
+
+def test_what_a_search_chose_is_no_recipe_of_its_own(retrieved: Path, tmp_path: Path):
+    for seed, dropout in ((1, 0.2), (2, 0.4)):
+        folder = tmp_path / str(seed)
+        shutil.copytree(retrieved, folder)
+        settings = json.loads((folder / "config.json").read_text())
+        settings |= {"seed": seed, "dropout": dropout}
+        (folder / "config.json").write_text(json.dumps(settings))
+        (folder / "search.json").write_text("{}")
+    ((_, (recipe,)),) = report.find_recipes(report.find_runs(tmp_path)).items()
+    assert recipe.name == "LRURec, paper, searched" and len(recipe.runs) == 2
 
 
 def test_rankers_and_their_fused_scores_are_two_recipes(retrieved: Path, tmp_path: Path):
