@@ -195,7 +195,7 @@ def interrupt(
 def test_interrupted_retriever_resumes_to_the_same_bytes(toy_flags: list, tmp_path: Path):
     recipe = [
         "--ema_decay", 0.9, "--enable_lr_schedule", "true", "--lr_decay", "cosine",
-        "--negatives", 8,
+        "--negatives", 8, "--loss_precision", "bfloat16",
     ]  # fmt: skip
     flags = [*toy_flags, *RETRIEVER_FLAGS, *recipe, "--max_steps", 400]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
