@@ -164,10 +164,10 @@ def on_shared_users(run: Run, runs: Sequence[Run]) -> Run:
     return run._replace(retrieved=alike[0].retrieved) if alike else run
 
 
-def find_recipes(runs: Sequence[Run]) -> dict[str, list[Recipe]]:
+def find_recipes(runs: Sequence[Run], root: Path) -> dict[str, list[Recipe]]:
     """The runs by data set, those of one recipe together, one for each seed.
 
-    Recipes of one model and preset are told apart by the folder of their first run.
+    Recipes of one model and preset are told apart by the folder of their first run below ``root``.
     """
     groups: dict = defaultdict(lambda: defaultdict(dict))  # [data set, name][recipe][seed]
     for run in runs:
@@ -176,7 +176,7 @@ def find_recipes(runs: Sequence[Run]) -> dict[str, list[Recipe]]:
     recipes = defaultdict(list)
     for (dataset, name), by_settings in groups.items():
         for found in map(list, map(dict.values, by_settings.values())):
-            folder = f" ({found[0].folder})" if len(by_settings) > 1 else ""
+            folder = f" ({found[0].folder.relative_to(root)})" if len(by_settings) > 1 else ""
             recipes[dataset].append(Recipe(name + folder, found))
     order = [*PAPER_MODELS.values(), RANKER]
     for found in recipes.values():
@@ -278,40 +278,41 @@ def table(code: str, recipes: Sequence[Recipe], paper: dict, *, subset: bool) ->
 
 
 def draw(recipes: dict[str, list[Recipe]], paper: dict, path: Path) -> None:
-    """Draw NDCG@10 beside the paper's, and validation by training step, a column a data set."""
+    """Draw NDCG@10 beside the paper's, and validation by training step: a row for each data set.
+
+    Retrievers and rankers have curves of their own, in the colours of the first column.
+    """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.5 * len(recipes), 8), layout="constrained")
-    axes = figure.subplots(2, len(recipes), squeeze=False)
-    for (code, found), (bars, curves) in zip(recipes.items(), axes.T):
+    colors = colormaps["tab20"].colors
+    every = [recipe.runs[0] for found in recipes.values() for recipe in found]
+    stages = [stage for stage in (False, True) if stage in {x.column == RANKER for x in every}]
+    heights = [1.5 + 0.25 * max(8, len(found)) for found in recipes.values()]
+    figure = Figure(figsize=(5 + 5 * len(stages), sum(heights)), layout="constrained")
+    axes = figure.subplots(len(recipes), 1 + len(stages), squeeze=False, height_ratios=heights)
+    for (code, found), (means, *curves) in zip(recipes.items(), axes):
         for place, recipe in enumerate(found):
-            column, color = recipe.runs[0].column, f"C{place % 10}"
+            column, color = recipe.runs[0].column, colors[place % len(colors)]
             values, counted = recipe.gains("NDCG@10", False)
-            bars.plot(interval(values, counted), [place, place], color=color, linewidth=2)
-            bars.plot(values.mean(), place, "o", color=color, label="ours" if not place else None)
+            means.plot(interval(values, counted), [place, place], color=color, linewidth=2)
+            means.plot(values.mean(), place, "o", color=color)
             theirs = paper["all_users"].get(code, {}).get(column)
             if theirs:
-                bars.plot(
-                    theirs["NDCG@10"], place, "kx", markersize=8, label=None if place else "paper"
-                )
-            for number, run in enumerate(recipe.runs):
-                metric = "val_" + run.settings.get(
-                    "best_metric", run.settings.get("rerank_best_metric")
-                )
+                means.plot(theirs["NDCG@10"], place, "kx", markersize=7)
+            for run in recipe.runs:
+                if run.settings.get("fused"):
+                    continue  # its ranker has the curve
                 log = map(json.loads, (run.folder / LOG).read_text().splitlines())
-                points = [(record["step"], record[metric]) for record in log]
-                curves.plot(
-                    *zip(*points),
-                    color=color,
-                    linewidth=1,
-                    label=None if number else f"{recipe.name}: {metric.removeprefix('val_')}",
-                )
-        bars.set_yticks(range(len(found)), [recipe.name for recipe in found])
-        bars.invert_yaxis()
-        bars.set(title=code, xlabel="NDCG@10, test, all users, with 95% interval")
-        bars.legend()
-        curves.set(xlabel="optimizer step", ylabel="validation")
-        curves.legend(fontsize="small")
+                points = [(x["step"], x["val_NDCG@10"]) for x in log if "val_NDCG@10" in x]
+                axis = curves[stages.index(column == RANKER)]
+                axis.plot(*zip(*points), color=color, linewidth=1.5, marker=".")
+        means.set_yticks(range(len(found)), [recipe.name for recipe in found])
+        means.invert_yaxis()
+        means.set(title=code, xlabel="NDCG@10, test, all users; x: paper")
+        for axis, ranker in zip(curves, stages):
+            title = "ranker, users retrieved" if ranker else "retriever"
+            axis.set(title=title, xlabel="optimizer step", ylabel="validation NDCG@10")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
@@ -361,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not runs:
         raise UserError(f"--experiment_root {flags.experiment_root}: no finished run there")
     paper = json.loads(PAPER.read_text(encoding="utf-8"))
-    recipes = find_recipes(runs)
+    recipes = find_recipes(runs, root)
     lines = ["# Data (Table 2)", "", *statistics_table(recipes, paper), ""]
     for title, subset in (
         ("All users (Table 1), with 95% bootstrap intervals over users", False),

@@ -75,14 +75,15 @@ def test_runs_of_one_recipe_are_averaged_over_seeds(retrieved: Path):
     again = first._replace(
         settings=first.settings | {"seed": 7, "export_root": "elsewhere"}, ranks=first.ranks + 1
     )
-    other = first._replace(folder=Path("other"), settings=first.settings | {"dropout": 0.125})
+    root = retrieved.parent
+    other = first._replace(folder=root / "varied", settings=first.settings | {"dropout": 0.125})
     older = {k: v for k, v in first.settings.items() if k != "augmented_place"} | {"seed": 8}
     older = first._replace(settings=older, ranks=first.ranks + 2)
     runs = [first, again, other, older, again._replace(folder=Path("the same once more"))]
-    ((code, (base, changed)),) = report.find_recipes(runs).items()
+    ((code, (base, changed)),) = report.find_recipes(runs, root).items()
     assert (code, len(base.runs), len(changed.runs)) == ("custom", 3, 1)
-    assert base.name == f"LRURec, paper ({first.folder})"
-    assert changed.name == "LRURec, paper (other)"
+    assert base.name == f"LRURec, paper ({retrieved.name})"
+    assert changed.name == "LRURec, paper (varied)"
     lines = report.table(code, [base], {"all_users": {}, "retrieved_users": {}}, subset=False)
     means = [np.mean(run.ranks <= 5) for run in base.runs]
     recall, spread = (line.split("|")[4].split()[0] for line in lines[2:4])
@@ -97,7 +98,7 @@ def test_what_a_search_chose_is_no_recipe_of_its_own(retrieved: Path, tmp_path: 
         settings |= {"seed": seed, "dropout": dropout}
         (folder / "config.json").write_text(json.dumps(settings))
         (folder / "search.json").write_text("{}")
-    ((_, (recipe,)),) = report.find_recipes(report.find_runs(tmp_path)).items()
+    ((_, (recipe,)),) = report.find_recipes(report.find_runs(tmp_path), tmp_path).items()
     assert recipe.name == "LRURec, paper, searched" and len(recipe.runs) == 2
 
 
@@ -111,7 +112,7 @@ def test_rankers_and_their_fused_scores_are_two_recipes(retrieved: Path, tmp_pat
     np.savez(
         folder / "rankings.npz", users=np.arange(5), label_ranks=ranks, fused_label_ranks=ranks + 1
     )
-    ((_, (alone, fused)),) = report.find_recipes(report.find_runs(tmp_path)).items()
+    ((_, (alone, fused)),) = report.find_recipes(report.find_runs(tmp_path), tmp_path).items()
     assert (alone.name, fused.name) == ("LlamaRec, tiny", "LlamaRec, tiny, fused scores")
     assert (fused.runs[0].ranks == ranks + 1).all() and fused.runs[0].retrieved.sum() == 5
     pair = ["--compare", folder, folder, "--metric", "MRR@10"]
