@@ -172,15 +172,16 @@ def train(
     )
     if encodings is not None:
         set_item_embeddings(model.embedding.weight, encodings)
-    precision = torch.bfloat16 if config.loss_precision == "bfloat16" else None
+    cross_entropy = linear_cross_entropy
     if config.negatives:
         cross_entropy = SampledCrossEntropy(
-            training.training_counts(), config.negatives, accelerator.device, precision
+            training.training_counts(), config.negatives, accelerator.device
         )
-    else:
-        cross_entropy = partial(
-            linear_cross_entropy, label_smoothing=config.label_smoothing, precision=precision
-        )
+    cross_entropy = partial(
+        cross_entropy,
+        label_smoothing=config.label_smoothing,
+        precision=torch.bfloat16 if config.loss_precision == "bfloat16" else None,
+    )
     optimizer, scheduler = run.build_optimization(
         model,
         config,

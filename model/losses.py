@@ -130,26 +130,30 @@ class SampledCrossEntropy:
         counts: (V + 1,) how often each item is a label in training; 0 for the start token.
         num_negatives: S, draws a batch, with replacement.
         device: where the loss is computed.
-        precision: of the products with the negatives, the arguments' own if None.
     """
 
     def __init__(
-        self,
-        counts: np.ndarray,
-        num_negatives: int,
-        device: torch.device | str = "cpu",
-        precision: torch.dtype | None = None,
+        self, counts: np.ndarray, num_negatives: int, device: torch.device | str = "cpu"
     ) -> None:
         # Half of the draws by frequency, half uniform over the items: popular items weigh most in
         # the denominator, and none may have a probability near 0, which would explode its score.
         items = np.arange(len(counts)) > 0
         q = 0.5 * counts / counts.sum() + 0.5 * items / items.sum()
-        self.num_negatives, self.precision = num_negatives, precision
+        self.num_negatives = num_negatives
         self.cumulative = torch.from_numpy(np.cumsum(q / q.sum())).to(device)
         with np.errstate(divide="ignore"):  # the start token is never drawn
             self.correction = torch.from_numpy(np.log(num_negatives * q)).float().to(device)
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, labels: Tensor) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        labels: Tensor,
+        label_smoothing: float = 0.0,
+        precision: torch.dtype | None = None,
+    ) -> Tensor:
         """Scalar loss; arguments as of ``linear_cross_entropy``."""
         draws = torch.rand(
             self.num_negatives, dtype=self.cumulative.dtype, device=self.cumulative.device
@@ -162,9 +166,16 @@ class SampledCrossEntropy:
         if bias is not None:
             label_scores = label_scores + bias[labels]
             offsets = offsets + bias[negatives]
-        if self.precision is not None:
-            x, others = x.to(self.precision), others.to(self.precision)
-        scores = x @ others.T + offsets  # (K, S)
+        factors = x, others
+        if precision is not None:
+            factors = x.to(precision), others.to(precision)
+        scores = factors[0] @ factors[1].T + offsets  # (K, S)
         scores = scores.masked_fill(labels[:, None] == negatives, -torch.inf)
         total = torch.logaddexp(label_scores, scores.logsumexp(1))
-        return (total - label_scores).mean()
+        target_scores = label_scores
+        if label_smoothing:  # a mean of scores needs no sampling
+            mean_scores = x @ weight[1:].mean(0)
+            if bias is not None:
+                mean_scores = mean_scores + bias[1:].mean()
+            target_scores = torch.lerp(label_scores, mean_scores, label_smoothing)
+        return (total - target_scores).mean()

@@ -1,7 +1,5 @@
 """Losses over the catalogue against torch's, and what sampling does to them."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
@@ -56,26 +54,25 @@ def test_products_in_bfloat16_move_little(
     found = []
     for precision in (None, torch.bfloat16):
         torch.manual_seed(0)
-        if negatives:
-            loss = SampledCrossEntropy(np.arange(300), negatives, precision=precision)
-        else:
-            loss = partial(linear_cross_entropy, label_smoothing=0.1, precision=precision)
-        found.append(loss(x, weight, bias, labels=labels))
+        loss = SampledCrossEntropy(np.arange(300), negatives) if negatives else linear_cross_entropy
+        options = {"label_smoothing": 0.1, "precision": precision}
+        found.append(loss(x, weight, bias, labels=labels, **options))
     assert found[0].item() != found[1].item() == pytest.approx(found[0].item(), rel=2e-3)
     for exact, narrow in zip(*(torch.autograd.grad(loss, inputs) for loss in found)):
         assert exact.dtype == narrow.dtype == torch.float32
         assert (exact - narrow).norm() < 0.01 * exact.norm()
 
 
-def test_sampled_cross_entropy_approaches_the_full_one():
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_sampled_cross_entropy_approaches_the_full_one(label_smoothing: float):
     x, weight, bias, labels = output_inputs(50, 40, 1)
     counts = np.random.default_rng(0).integers(0, 100, size=41)
     counts[0] = 0
     sampled = SampledCrossEntropy(counts, 400_000)
     for offset in (bias, None):
-        found = sampled(x, weight, offset, labels=labels)
-        scores = nn.functional.linear(x, weight, offset)
-        expected = nn.functional.cross_entropy(scores[:, 1:], labels - 1)  # 0 is no item
+        found = sampled(x, weight, offset, labels=labels, label_smoothing=label_smoothing)
+        scores = nn.functional.linear(x, weight, offset)[:, 1:]  # 0 is no item
+        expected = nn.functional.cross_entropy(scores, labels - 1, label_smoothing=label_smoothing)
         assert found.item() == pytest.approx(expected.item(), rel=3e-3)
         inputs = [t for t in (x, weight, offset) if t is not None]
         assert_same_gradients(found, expected, inputs, rtol=0.05, atol=0.03)
