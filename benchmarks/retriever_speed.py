@@ -158,6 +158,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODEL_CODES), choices=MODEL_CODES)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--preset", default="paper", choices=("paper", "tuned"), help="sizes")
     parser.add_argument("--loss_precision", default="float32", choices=("float32", "bfloat16"))
     flags = parser.parse_args()
     precision = torch.bfloat16 if flags.loss_precision == "bfloat16" else None
@@ -169,13 +170,13 @@ def main() -> None:
         for model_code in flags.models:
             for threads in flags.threads:
                 torch.set_num_threads(threads)
-                given = {"dataset_code": code, "model_code": model_code}
+                given = {"dataset_code": code, "model_code": model_code, "preset": flags.preset}
                 config = RetrieverConfig(**retriever_preset(given), **given)
                 cpu = torch.device("cpu")
                 rows.append(measure(data, config, cpu, flags.rounds, precision))
                 print(rows[-1], file=sys.stderr)
-    about = {"benchmark": "retriever_speed", "loss_precision": flags.loss_precision}
-    print(json.dumps(about | {"device": "cpu", "rows": rows}))
+    about = {"benchmark": "retriever_speed", "device": "cpu", "preset": flags.preset}
+    print(json.dumps(about | {"loss_precision": flags.loss_precision, "rows": rows}))
 
 
 if __name__ == "__main__":
