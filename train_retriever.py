@@ -180,7 +180,7 @@ def train(
     cross_entropy = partial(
         cross_entropy,
         label_smoothing=config.label_smoothing,
-        precision=torch.bfloat16 if config.loss_precision == "bfloat16" else None,
+        precision=getattr(torch, config.loss_precision),
     )
     optimizer, scheduler = run.build_optimization(
         model,

@@ -50,11 +50,7 @@ def interleaved(plain: Callable[[], None], ours: Callable[[], None], rounds: int
 
 
 def measure(
-    data: SequenceDataset,
-    config: RetrieverConfig,
-    device: torch.device,
-    rounds: int,
-    precision: torch.dtype | None,
+    data: SequenceDataset, config: RetrieverConfig, device: torch.device, rounds: int
 ) -> dict:
     """Times and ratios for one model on one data set."""
     torch.manual_seed(0)
@@ -72,7 +68,7 @@ def measure(
             attn_dropout=config.attn_dropout,
         ).to(device)
 
-    loss = partial(linear_cross_entropy, precision=precision)
+    loss = partial(linear_cross_entropy, precision=getattr(torch, config.loss_precision))
     adam = {"lr": 1e-3, "weight_decay": 0.01}
     plain_model = build()
     for module in plain_model.modules():
@@ -161,7 +157,6 @@ def main() -> None:
     parser.add_argument("--preset", default="paper", choices=("paper", "tuned"), help="sizes")
     parser.add_argument("--loss_precision", default="float32", choices=("float32", "bfloat16"))
     flags = parser.parse_args()
-    precision = torch.bfloat16 if flags.loss_precision == "bfloat16" else None
     rows = []
     for code in flags.datasets:
         data = load_dataset(
@@ -171,9 +166,10 @@ def main() -> None:
             for threads in flags.threads:
                 torch.set_num_threads(threads)
                 given = {"dataset_code": code, "model_code": model_code, "preset": flags.preset}
-                config = RetrieverConfig(**retriever_preset(given), **given)
-                cpu = torch.device("cpu")
-                rows.append(measure(data, config, cpu, flags.rounds, precision))
+                config = RetrieverConfig(
+                    **retriever_preset(given), **given, loss_precision=flags.loss_precision
+                )
+                rows.append(measure(data, config, torch.device("cpu"), flags.rounds))
                 print(rows[-1], file=sys.stderr)
     about = {"benchmark": "retriever_speed", "device": "cpu", "preset": flags.preset}
     print(json.dumps(about | {"loss_precision": flags.loss_precision, "rows": rows}))

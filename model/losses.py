@@ -37,13 +37,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         precision: torch.dtype | None,
     ) -> Tensor:
         elements = CHUNK_ELEMENTS.get(x.device.type, CHUNK_ELEMENTS["cuda"])
-        if precision is not None:
+        narrow = precision not in (None, x.dtype)
+        if narrow:
             elements *= 2  # every chunk costs a pass over the items' gradients besides
         rows = min(max(MIN_CHUNK_ROWS, elements // len(weight)), len(x))
         # For all chunks, as fresh memory is slow to touch. What is multiplied may be narrower than
         # the softmax, which then has a buffer of its own.
         buffer = x.new_empty(rows, len(weight))
-        products = buffer if precision is None else torch.empty_like(buffer, dtype=precision)
+        products = torch.empty_like(buffer, dtype=precision) if narrow else buffer
         narrow_x, narrow_weight = x.to(products.dtype), weight.to(products.dtype)
         spread = label_smoothing / len(weight)  # of the target's mass, on every item
         loss = x.new_zeros(())
@@ -54,7 +55,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ):
             product = products[: len(part)]  # (rows, V + 1)
             scores = torch.mm(part, narrow_weight.T, out=product)
-            if precision is not None:
+            if narrow:
                 scores = buffer[: len(part)].copy_(product)
             if bias is not None:
                 scores += bias
@@ -72,11 +73,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad.scatter_add_(1, label, target)
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
-            if precision is None:
-                grad_weight.addmm_(grad.T, part)
-            else:
+            if narrow:
                 grad = product.copy_(grad)
                 grad_weight += grad.T @ part
+            else:
+                grad_weight.addmm_(grad.T, part)
             torch.mm(grad, narrow_weight, out=grad_part)
         ctx.save_for_backward(grad_x.to(x.dtype), grad_weight, grad_bias)
         return loss / len(x)
