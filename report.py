@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ class Run(NamedTuple):
         ranks: (num_users,) rank of every user's answer in the test split.
         retrieved: (num_users,) whose answers are among the candidates: the users of Table 3.
         fused: the same with both stages' scores fused, if this is a ranker's run.
+        search: its ``search.json``, if a grid search selected it.
     """
 
     folder: Path
@@ -51,6 +53,7 @@ class Run(NamedTuple):
     ranks: np.ndarray
     retrieved: np.ndarray
     fused: Run | None = None
+    search: dict[str, Any] | None = None
 
     @property
     def dataset(self) -> str:
@@ -68,7 +71,7 @@ class Run(NamedTuple):
 
         So a run from before a flag was there belongs to those that leave the flag alone.
         """
-        left_out = NOT_RECIPE | (SEARCHED if self.settings.get("searched") else set())
+        left_out = NOT_RECIPE | (SEARCHED if self.search else set())
         config = RankerConfig if self.column == RANKER else RetrieverConfig
         defaults = json.loads(json.dumps({spec.name: spec.default for spec in fields(config)}))
         return {
@@ -82,8 +85,9 @@ class Run(NamedTuple):
         if self.column == RANKER:
             fused = ", fused scores" if self.settings.get("fused") else ""
             return f"{RANKER}, {self.settings['llm_base_model']}{fused}"
-        extras = [word for word in ("searched", "augmented") if self.settings.get(word)]
-        return ", ".join([self.column, self.settings.get("preset", "paper"), *extras])
+        extras = {"searched": self.search, "augmented": self.settings.get("augmented")}
+        shown = [word for word, there in extras.items() if there]
+        return ", ".join([self.column, self.settings.get("preset", "paper"), *shown])
 
 
 class Recipe(NamedTuple):
@@ -127,12 +131,11 @@ def read_run(folder: Path) -> Run | None:
         else:
             return None
     settings = read_json(folder / "config.json")
-    if (folder / SEARCH).exists():
-        settings["searched"] = True
+    search = read_json(folder / SEARCH) if (folder / SEARCH).exists() else None
     fused = None
     if fused_ranks is not None:
         fused = Run(folder, settings | {"fused": True}, fused_ranks, retrieved)
-    return Run(folder, settings, ranks, retrieved, fused)
+    return Run(folder, settings, ranks, retrieved, fused, search)
 
 
 def find_runs(root: Path) -> list[Run]:
@@ -277,6 +280,26 @@ def table(code: str, recipes: Sequence[Recipe], paper: dict, *, subset: bool) ->
     return lines
 
 
+def search_table(code: str, recipes: Sequence[Recipe]) -> list[str]:
+    """Lines of Markdown: validation at every point of the grid searches, what they chose bold."""
+    runs = [(recipe.name, run) for recipe in recipes for run in recipe.runs if run.search]
+    point_of = operator.itemgetter("weight_decay", "dropout")
+    every = sorted({point_of(row) for _, run in runs for row in run.search["points"]})
+    if not every:
+        return []
+    heads = [f"`{code}`", *(f"{decay:g}, {dropout:g}" for decay, dropout in every)]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name, run in runs:
+        metric, selected = run.search["best_metric"], run.search["selected"]
+        cells = dict.fromkeys(every, "")
+        for row in run.search["points"]:
+            mark = "**" if row["folder"] == selected else ""
+            cells[point_of(row)] = f"{mark}{row['val'][metric]:.4f}{mark}"
+        title = f"{name}, {metric}, seed {run.settings['seed']}"
+        lines.append("| " + " | ".join([title, *cells.values()]) + " |")
+    return lines
+
+
 def draw(recipes: dict[str, list[Recipe]], paper: dict, path: Path) -> None:
     """Draw NDCG@10 beside the paper's, and validation by training step: a row for each data set.
 
@@ -371,6 +394,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         lines += [f"# {title}", ""]
         for code, found in recipes.items():
             lines += [*table(code, found, paper, subset=subset), ""]
+    searches = [search_table(code, found) for code, found in recipes.items()]
+    if any(searches):
+        lines += ["# Grid searches, validation by weight decay and dropout", ""]
+        lines += [line for found in searches if found for line in [*found, ""]]
     text = "\n".join(lines)
     target = root / "report.md"
     with atomic_path(target) as temporary:

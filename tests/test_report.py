@@ -97,9 +97,18 @@ def test_what_a_search_chose_is_no_recipe_of_its_own(retrieved: Path, tmp_path: 
         settings = json.loads((folder / "config.json").read_text())
         settings |= {"seed": seed, "dropout": dropout}
         (folder / "config.json").write_text(json.dumps(settings))
-        (folder / "search.json").write_text("{}")
+        points = [
+            {"weight_decay": 0, "dropout": x, "folder": f"d{x}", "val": {"NDCG@10": x + seed}}
+            for x in (0.2, 0.4)
+        ]
+        record = {"best_metric": "NDCG@10", "selected": f"d{dropout}", "points": points}
+        (folder / "search.json").write_text(json.dumps(record))
     ((_, (recipe,)),) = report.find_recipes(report.find_runs(tmp_path), tmp_path).items()
     assert recipe.name == "LRURec, paper, searched" and len(recipe.runs) == 2
+    head, _, first, second = report.search_table("custom", [recipe])
+    assert head == "| `custom` | 0, 0.2 | 0, 0.4 |"
+    assert first.endswith("NDCG@10, seed 1 | **1.2000** | 1.4000 |")
+    assert second.endswith("NDCG@10, seed 2 | 2.2000 | **2.4000** |")
 
 
 def test_rankers_and_their_fused_scores_are_two_recipes(retrieved: Path, tmp_path: Path):
