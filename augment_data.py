@@ -221,7 +221,7 @@ def tuned_model(
         sampler=sampler,
         loss=response_loss,
         validate=validate,
-        save_best=lambda: save_adapter(accelerator.unwrap_model(model), adapter),
+        save_best=lambda: save_adapter(model, adapter),
         settings=settings,
         run_dir=config.run_dir,
         fingerprint=details["fingerprint"],
@@ -230,7 +230,6 @@ def tuned_model(
         average=WeightAverage(model, config.ema_decay) if config.ema_decay else None,
     )
     trainer.fit(config.resume)
-    model = accelerator.unwrap_model(model)
     load_adapter(model, adapter)
     return model.eval()
 
@@ -257,8 +256,6 @@ def augment(
         print(f"{run_dir} is finished, there is nothing to resume")
         return
     accelerator = run.make_accelerator(config.device, config.seed)
-    if accelerator.num_processes > 1:
-        raise UserError("augment_data.py runs as one process: start it without accelerate launch")
     prompts = IdPrompts(
         language_model.tokenizer,
         num_users=data.num_users,
@@ -268,7 +265,7 @@ def augment(
         max_answer_len=config.max_new_tokens,
     )
     resumed = config.resume and folder.is_started(run_dir, OUTPUTS, details["fingerprint"])
-    log = run.open_run(run_dir, config, details, OUTPUTS, accelerator, resumed)
+    log = run.open_run(run_dir, config, details, OUTPUTS, resumed)
     generated = run_dir / GENERATED
     for stage, name in (("tuning", "adapter"), ("generation", GENERATED)):
         if earlier.get(stage) == stages[stage] and not (run_dir / name).exists():

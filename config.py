@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import math
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -619,11 +620,13 @@ def cuda_driver() -> bool:
 
 
 def check_device(device: str | None) -> None:
-    """Answer at once, before torch is imported, where CUDA is asked for and has no driver.
+    """Answer at once, before torch is imported, where a run cannot be what is asked for.
 
     Raises:
-        UserError: there is no CUDA driver.
+        UserError: CUDA without a driver, or several processes for one run.
     """
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # set by accelerate launch and torchrun
+        raise UserError("a run is one process on one device: start it with python")
     if device == "cuda" and not cuda_driver():
         raise UserError("--device cuda: this machine has no CUDA driver; use --device cpu")
 

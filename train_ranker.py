@@ -230,8 +230,8 @@ def train(
     model, optimizer, train_loader, loaders["val"], loaders["test"] = accelerator.prepare(
         model, optimizer, train_loader, loaders["val"], loaders["test"]
     )
-    details["gradient_checkpointing"] = accelerator.unwrap_model(model).is_gradient_checkpointing
-    log = run.open_run(run_dir, config, details, OUTPUTS, accelerator)
+    details["gradient_checkpointing"] = model.is_gradient_checkpointing
+    log = run.open_run(run_dir, config, details, OUTPUTS)
     label_ids = torch.from_numpy(prompts.label_ids).to(accelerator.device)
     adapter = run_dir / "adapter"
 
@@ -239,7 +239,7 @@ def train(
 
     def score(split: str, description: str) -> tuple[np.ndarray, np.ndarray]:
         width = candidates[split].items.shape[1]
-        return score_users(accelerator, model, loaders[split], label_ids[:width], description)
+        return score_users(model, loaders[split], label_ids[:width], description)
 
     def validate() -> dict[str, float]:
         val_scores["latest"] = score("val", "validate")
@@ -247,8 +247,7 @@ def train(
 
     def save_best() -> None:
         val_scores["best"] = val_scores["latest"]
-        if accelerator.is_main_process:
-            save_adapter(accelerator.unwrap_model(model), adapter)
+        save_adapter(model, adapter)
 
     trainer = Trainer(
         accelerator=accelerator,
@@ -271,8 +270,7 @@ def train(
     )
     progress = trainer.fit(config.resume)
 
-    accelerator.wait_for_everyone()
-    load_adapter(accelerator.unwrap_model(model), adapter)
+    load_adapter(model, adapter)
     model.eval()
     if "best" not in val_scores:  # found before the run was interrupted
         val_scores["best"] = score("val", "validate")
@@ -291,37 +289,35 @@ def train(
         "overall": ranking_metrics(ranks, ks),
         "fused": ranking_metrics(fused_ranks, ks) | {"weight": weight},
     }
-    if accelerator.is_main_process:
-        with atomic_path(run_dir / "rankings.npz") as temporary, open(temporary, "wb") as file:
-            np.savez(
-                file,
-                users=users.astype(np.int32),
-                items=ranked.items,
-                scores=ranked.scores,
-                labels=candidates["test"].labels,
-                label_ranks=ranks,
-                fused_label_ranks=fused_ranks,
-            )
-        for name, values in metrics.items():
-            write_json(run_dir / f"{name}_metrics.json", values)
-        run.close_run(run_dir, log, {f"test_{k}": v for k, v in metrics["overall"].items()})
-        columns = {
-            "retriever": metrics["retrieval"],
-            "two stages": metrics["overall"],
-            "fused": metrics["fused"],
-            "retriever (sub)": ranking_metrics(retrieved[users], ks),
-            "ranker (sub)": metrics["subset"],
-        }
-        print(
-            f"""
+    with atomic_path(run_dir / "rankings.npz") as temporary, open(temporary, "wb") as file:
+        np.savez(
+            file,
+            users=users.astype(np.int32),
+            items=ranked.items,
+            scores=ranked.scores,
+            labels=candidates["test"].labels,
+            label_ranks=ranks,
+            fused_label_ranks=fused_ranks,
+        )
+    for name, values in metrics.items():
+        write_json(run_dir / f"{name}_metrics.json", values)
+    run.close_run(run_dir, log, {f"test_{k}": v for k, v in metrics["overall"].items()})
+    columns = {
+        "retriever": metrics["retrieval"],
+        "two stages": metrics["overall"],
+        "fused": metrics["fused"],
+        "retriever (sub)": ranking_metrics(retrieved[users], ks),
+        "ranker (sub)": metrics["subset"],
+    }
+    print(
+        f"""
 {data.code}, {base.name}, adapter of step {progress.best_step:,}. All users: the retriever, both
 stages, and their scores fused with a weight of {weight:.2f} that validation chose; then (sub) the
 users whose answer the retriever found.
 """
-        )
-        print(run.metrics_table(columns))
-        print(f"\nwritten to {run_dir}")
-    accelerator.end_training()
+    )
+    print(run.metrics_table(columns))
+    print(f"\nwritten to {run_dir}")
 
 
 if __name__ == "__main__":

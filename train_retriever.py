@@ -210,12 +210,11 @@ def train(
     if augmented:
         details["augmented_fingerprint"] = augmented.fingerprint()
         details["num_augmented"] = len(augmented.items)
-    log = run.open_run(run_dir, config, details, OUTPUTS, accelerator)
+    log = run.open_run(run_dir, config, details, OUTPUTS)
     weights = run_dir / "model.safetensors"
 
     def ranked(split: str, mask_history: bool, description: str) -> Candidates:
         return retrieve(
-            accelerator,
             model,
             loaders[split],
             mask_history=mask_history,
@@ -228,9 +227,8 @@ def train(
         return ranking_metrics(ranks, config.metric_ks)
 
     def save_best() -> None:
-        if accelerator.is_main_process:
-            with atomic_path(weights) as temporary:
-                save_model(accelerator.unwrap_model(model), str(temporary))
+        with atomic_path(weights) as temporary:
+            save_model(model, str(temporary))
 
     trainer = Trainer(
         accelerator=accelerator,
@@ -251,9 +249,8 @@ def train(
     )
     progress = trainer.fit(config.resume)
 
-    accelerator.wait_for_everyone()
     with reading(weights, "start anew with --overwrite true"):
-        load_model(accelerator.unwrap_model(model), str(weights), device=str(accelerator.device))
+        load_model(model, str(weights), device=str(accelerator.device))
     model.eval()
     val_metrics = validate()
     candidates = {
@@ -261,15 +258,13 @@ def train(
         for split in ("val", "test")
     }
     test_metrics = ranking_metrics(candidates["test"].label_ranks, config.metric_ks)
-    if accelerator.is_main_process:
-        save_candidates(run_dir / FILE_NAME, candidates, data.fingerprint)
-        write_json(run_dir / "val_metrics.json", val_metrics)
-        write_json(run_dir / "test_metrics.json", test_metrics)
-        run.close_run(run_dir, log, {f"test_{k}": v for k, v in test_metrics.items()})
-        print(f"\n{data.code}, {config.model_code}, best of step {progress.best_step:,}")
-        print(run.metrics_table({"validation": val_metrics, "test": test_metrics}))
-        print(f"\nwritten to {run_dir}")
-    accelerator.end_training()
+    save_candidates(run_dir / FILE_NAME, candidates, data.fingerprint)
+    write_json(run_dir / "val_metrics.json", val_metrics)
+    write_json(run_dir / "test_metrics.json", test_metrics)
+    run.close_run(run_dir, log, {f"test_{k}": v for k, v in test_metrics.items()})
+    print(f"\n{data.code}, {config.model_code}, best of step {progress.best_step:,}")
+    print(run.metrics_table({"validation": val_metrics, "test": test_metrics}))
+    print(f"\nwritten to {run_dir}")
 
 
 if __name__ == "__main__":

@@ -90,6 +90,7 @@ FLAGS = [
     Mistake("no device", f"{RETRIEVE} --device tpu", "--device: invalid choice: 'tpu'"),
     Mistake("CUDA absent", f"{RETRIEVE} --device cuda", "use --device cpu"),
     Mistake("CUDA absent for the ranker", f"{RANK} --device cuda", "use --device cpu"),
+    Mistake("several processes", RETRIEVE, "start it with python", env={"WORLD_SIZE": "2"}),
     Mistake("no metric", f"{RETRIEVE} --best_metric Accuracy@10", "--best_metric Accuracy@10"),
     Mistake("metric without cut-off", f"{RETRIEVE} --best_metric Recall", "a cut-off, Recall@10"),
     Mistake("cut-off not computed", f"{RETRIEVE} --best_metric NDCG@7", "7 is not among"),

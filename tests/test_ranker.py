@@ -443,7 +443,7 @@ def test_scores_are_averaged_over_orders(prompts: PromptBuilder, tiny_llama: Pat
             data, "test", candidates, prompts, max_history=5, pad_id=1, permutations=permutations
         )
         loader = accelerator.prepare(evaluation_loader(dataset, batch_size, 0))
-        return score_users(accelerator, model, loader, label_ids, "test")
+        return score_users(model, loader, label_ids, "test")
 
     users, scores = score(3, 4)
     assert users.tolist() == candidates.retrieved.tolist()

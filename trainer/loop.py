@@ -182,7 +182,7 @@ class Trainer:
     A batch is a list of micro-batches, each with the ``weight`` its mean loss has in the batch's.
 
     Args:
-        accelerator: holds device and processes.
+        accelerator: holds the device.
         model: the model, prepared by the accelerator.
         optimizer: prepared likewise.
         scheduler: learning rate by optimizer step.
@@ -244,7 +244,7 @@ class Trainer:
             initial=self.progress.step,
             desc="train",
             unit="step",
-            disable=self.progress.done or not self.accelerator.is_main_process,
+            disable=self.progress.done,
             dynamic_ncols=True,
         ) as bar:
             try:
@@ -355,24 +355,21 @@ class Trainer:
         self.progress = replace(progress, done=stopped or progress.step == self.total)
         loss = torch.stack(self.losses).mean().item()
         self.losses = []
-        if self.accelerator.is_main_process:
-            self.log.add(
-                {"step": progress.step, "epoch": progress.epoch, "loss": loss}
-                | {"lr": self.optimizer.param_groups[0]["lr"]}
-                | {f"val_{name}": value for name, value in metrics.items()}
-            )
-            bar.write(
-                f"step {progress.step:,}: loss {loss:.4f}, "
-                f"validation {self.settings.best_metric} {score:.4f} "
-                f"(best {progress.best:.4f} at step {progress.best_step:,})"
-            )
+        self.log.add(
+            {"step": progress.step, "epoch": progress.epoch, "loss": loss}
+            | {"lr": self.optimizer.param_groups[0]["lr"]}
+            | {f"val_{name}": value for name, value in metrics.items()}
+        )
+        bar.write(
+            f"step {progress.step:,}: loss {loss:.4f}, "
+            f"validation {self.settings.best_metric} {score:.4f} "
+            f"(best {progress.best:.4f} at step {progress.best_step:,})"
+        )
 
     def _save(self) -> None:
         if self.losses:
             self._check_losses()  # who resumes from weights that are no numbers has no use of it
         self.saved_at = time.monotonic()
-        if not self.accelerator.is_main_process:
-            return
         state = {
             "model": trainable_state(self.model),
             "optimizer": self.optimizer.state_dict(),
@@ -387,7 +384,7 @@ class Trainer:
     def _load(self) -> None:
         state = load_checkpoint(self.checkpoint, self.fingerprint)
         if state is None:
-            self.accelerator.print(f"nothing to resume in {self.checkpoint.parent}: starting anew")
+            print(f"nothing to resume in {self.checkpoint.parent}: starting anew")
             return
         parameters = dict(self.model.named_parameters())
         with torch.no_grad():
@@ -401,4 +398,4 @@ class Trainer:
         self.losses = [loss.to(self.accelerator.device) for loss in state["losses"]]
         self.progress = Progress(**state["progress"])
         self.log.load(self.progress.validated_step)  # a validation cut short is repeated
-        self.accelerator.print(f"resuming at step {self.progress.step:,}")
+        print(f"resuming at step {self.progress.step:,}")

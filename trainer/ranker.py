@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -16,7 +15,6 @@ from model.verbalizer import candidate_scores
 
 @torch.inference_mode()
 def score_users(
-    accelerator: Accelerator,
     model: nn.Module,
     loader: DataLoader,
     label_ids: torch.Tensor,
@@ -28,9 +26,8 @@ def score_users(
     preferences for letters.
 
     Args:
-        accelerator: holds device and processes.
         model: the ranker, in eval mode.
-        loader: evaluation prompts, prepared by the accelerator.
+        loader: evaluation prompts, on the model's device.
         label_ids: (C,) token ids of the labels.
         description: title of the progress bar.
 
@@ -38,14 +35,10 @@ def score_users(
         Users (n,) in ascending order, and their scores (n, C) float32 in the candidates' order.
     """
     users, scores = [], []
-    model = accelerator.unwrap_model(model)
-    quiet = not accelerator.is_main_process
-    for batch in tqdm(loader, desc=description, unit="batch", leave=False, disable=quiet):
+    for batch in tqdm(loader, desc=description, unit="batch", leave=False):
         by_label = candidate_scores(model, batch, label_ids)
-        part = (batch["users"], torch.empty_like(by_label).scatter_(1, batch["orders"], by_label))
-        part = accelerator.gather_for_metrics(part)
-        users.append(part[0].cpu())
-        scores.append(part[1].cpu())
+        users.append(batch["users"].cpu())
+        scores.append(torch.empty_like(by_label).scatter_(1, batch["orders"], by_label).cpu())
     if not users:
         return np.empty(0, dtype=np.int64), np.empty((0, len(label_ids)), dtype=np.float32)
     # Logits may be averaged as they are: log-probabilities differ by one number a prompt.

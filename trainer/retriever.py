@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -56,7 +55,6 @@ def score_histories(model: nn.Module, batch: dict[str, Any], mask_history: bool)
 
 @torch.inference_mode()
 def retrieve(
-    accelerator: Accelerator,
     model: nn.Module,
     loader: DataLoader,
     *,
@@ -67,21 +65,18 @@ def retrieve(
     """Rank the whole catalogue for every user.
 
     Args:
-        accelerator: holds device and processes.
         model: the retriever, in eval mode.
-        loader: evaluation batches, prepared by the accelerator.
+        loader: evaluation batches, on the model's device.
         mask_history: whether a user's own items cannot be recommended.
         num_candidates: best items kept for each user.
         description: title of the progress bar.
     """
     parts = []
-    quiet = not accelerator.is_main_process
-    for batch in tqdm(loader, desc=description, unit="batch", leave=False, disable=quiet):
+    for batch in tqdm(loader, desc=description, unit="batch", leave=False):
         scores = score_histories(model, batch, mask_history)
         best = torch.topk(scores, num_candidates)
         ranks = answer_ranks(scores, batch["answers"])
-        part = (best.indices, best.values, batch["answers"], ranks)
-        parts.append([x.cpu() for x in accelerator.gather_for_metrics(part)])
+        parts.append([x.cpu() for x in (best.indices, best.values, batch["answers"], ranks)])
     items, top_scores, answers, ranks = (torch.cat(x).numpy() for x in zip(*parts))
     return Candidates(
         items.astype(np.int32),

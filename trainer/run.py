@@ -80,7 +80,6 @@ def open_run(
     config: CommonConfig,
     details: dict[str, Any],
     outputs: Sequence[str],
-    accelerator: Accelerator,
     resumed: bool | None = None,
 ) -> RunLog:
     """Make the run's folder ready and, unless it is resumed, write its ``config.json``.
@@ -90,27 +89,24 @@ def open_run(
         config: all settings.
         details: what is to be known of the run besides, e.g. the resolved device.
         outputs: names of the run's files and folders.
-        accelerator: only its main process writes.
         resumed: whether to leave what is in the folder; if None, where there is a checkpoint.
     """
     tracker = None
     if resumed is None:
         resumed = config.resume and (run_dir / CHECKPOINT).exists()
-    if accelerator.is_main_process:
-        if not resumed:
-            clear(run_dir, outputs)
-            versions = {"torch": torch.__version__, "commit": _commit()}
-            write_json(run_dir / "config.json", config.as_dict() | details | versions)
-        if config.use_wandb:
-            import wandb
+    if not resumed:
+        clear(run_dir, outputs)
+        versions = {"torch": torch.__version__, "commit": _commit()}
+        write_json(run_dir / "config.json", config.as_dict() | details | versions)
+    if config.use_wandb:
+        import wandb
 
-            tracker = wandb.init(
-                project=PROJECT,
-                name=f"{run_dir.parent.name}_{config.dataset_code}",
-                config=config.as_dict() | details,
-                dir=str(run_dir),
-            )
-    accelerator.wait_for_everyone()
+        tracker = wandb.init(
+            project=PROJECT,
+            name=f"{run_dir.parent.name}_{config.dataset_code}",
+            config=config.as_dict() | details,
+            dir=str(run_dir),
+        )
     return RunLog(run_dir / LOG, tracker)
 
 
