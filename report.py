@@ -152,7 +152,7 @@ def on_shared_users(run: Run, runs: Sequence[Run]) -> Run:
 
     The paper's Table 3 is of the users whose answer LRURec retrieved, whatever the column: with
     users of its own every model would be judged on those it is best at. Runs of the same preset
-    and seed are preferred.
+    and seed are preferred, for a search's choice those that a search chose.
     """
     if run.column in ("LRURec", RANKER):
         return run
@@ -162,8 +162,11 @@ def on_shared_users(run: Run, runs: Sequence[Run]) -> Run:
         if other.column == "LRURec"
         and other.settings["data_fingerprint"] == run.settings["data_fingerprint"]
     ]
-    shared = ("preset", "seed", "augmented")
-    alike.sort(key=lambda other: [other.settings.get(x) != run.settings.get(x) for x in shared])
+
+    def recipe(one: Run) -> list[Any]:
+        return [*map(one.settings.get, ("preset", "seed", "augmented")), bool(one.search)]
+
+    alike.sort(key=lambda other: [x != y for x, y in zip(recipe(other), recipe(run))])
     return run._replace(retrieved=alike[0].retrieved) if alike else run
 
 

@@ -52,6 +52,11 @@ def test_baselines_of_table_3_are_on_the_users_lrurec_retrieved(retrieved: Path)
     sas = lru._replace(settings=lru.settings | {"model_code": "sas"}, retrieved=~lru.retrieved)
     found = report.on_shared_users(sas, [sas, tuned, lru])
     assert (found.retrieved == lru.retrieved).all() and (found.ranks == sas.ranks).all()
+    searched = lru._replace(search={"points": []}, retrieved=np.roll(lru.retrieved, 2))
+    found = report.on_shared_users(sas, [searched, lru])
+    assert (found.retrieved == lru.retrieved).all()
+    found = report.on_shared_users(sas._replace(search=searched.search), [lru, searched])
+    assert (found.retrieved == searched.retrieved).all()
     assert report.on_shared_users(sas, [sas]) is sas
     assert report.on_shared_users(tuned, [lru, tuned]) is tuned
 
