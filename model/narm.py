@@ -6,15 +6,87 @@ J. Li et al., Neural Attentive Session-based Recommendation, CIKM 2017
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.checkpoint import checkpoint
 
 from model.layers import Dropout, truncated_normal_
 from model.losses import Output
 
-CHUNK_PAIRS = 1 << 13
+# Neighbouring queries that are computed together: few where a pair of another sequence costs time.
+TILE_POSITIONS = {"cpu": 16, "cuda": 128}
+
+
+class AdditiveAttention(torch.autograd.Function):
+    """c[t] = sum of e[t, j] h[j], e[t, j] = v . sigmoid(q[t] + k[j]), within jagged sequences.
+
+    Neighbouring queries form a tile with all states between the first one's sequence's start and
+    the last one; the energies of pairs that are not meant are zeroed. What is inside the sigmoid,
+    D numbers a pair, is computed anew for the gradient: that of 16 sequences of 200 items would
+    fill a gigabyte.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        states: Tensor,
+        v: Tensor,
+        keep: Tensor,
+        starts: Tensor,
+    ) -> Tensor:
+        """Sums (K, D) for queries (K, D) over keys and states (N, D).
+
+        Args:
+            ctx: takes what the gradient needs.
+            query: q at the kept positions.
+            key: k at all positions.
+            states: h at all positions.
+            v: (D,) weights of the energies.
+            keep: (K,) the kept positions, ascending.
+            starts: (K,) where their sequences start.
+        """
+        sums = torch.empty_like(query)
+        for rows, columns, meant in _tiles(keep, starts):
+            gates = (query[rows, None] + key[columns]).sigmoid_()  # (rows, columns, D)
+            torch.mm((gates @ v) * meant, states[columns], out=sums[rows])
+        ctx.save_for_backward(query, key, states, v, keep, starts)
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of queries, keys, states and v."""
+        query, key, states, v, keep, starts = ctx.saved_tensors
+        grad_query, grad_key = torch.empty_like(query), torch.zeros_like(key)
+        grad_states, grad_v = torch.zeros_like(states), torch.zeros_like(v)
+        for rows, columns, meant in _tiles(keep, starts):
+            gates = (query[rows, None] + key[columns]).sigmoid_()
+            grad_states[columns].addmm_(((gates @ v) * meant).T, grad_sums[rows])
+            grad_energies = (grad_sums[rows] @ states[columns].T) * meant  # (rows, columns)
+            grad_v += grad_energies.flatten() @ gates.flatten(0, 1)
+            # Of what is inside the sigmoid, but for the factor v, which the sums take out.
+            grad_inner = torch.addcmul(gates, gates, gates, value=-1)
+            grad_inner *= grad_energies[:, :, None]
+            torch.sum(grad_inner, 1, out=grad_query[rows])
+            grad_key[columns] += grad_inner.sum(0)
+        return grad_query * v, grad_key * v, grad_states, grad_v, None, None
+
+
+def _tiles(keep: Tensor, starts: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Rows (queries) and columns (positions) of each tile, and which of its pairs are meant."""
+    size = TILE_POSITIONS.get(keep.device.type, TILE_POSITIONS["cuda"])
+    counts = torch.bincount(keep // size).tolist()
+    firsts, lasts, end = starts.tolist(), keep.tolist(), 0
+    for count in filter(None, counts):
+        rows = slice(end, end + count)
+        end = rows.stop
+        columns = slice(firsts[rows.start], lasts[end - 1] + 1)
+        place = torch.arange(columns.start, columns.stop, device=keep.device)
+        yield rows, columns, (place >= starts[rows, None]) & (place <= keep[rows, None])
 
 
 class NARM(nn.Module):
@@ -67,44 +139,10 @@ class NARM(nn.Module):
         return states.index_copy(0, order, self.gru(packed)[0].data)
 
     def _attend(self, states: Tensor, positions: Tensor, keep: Tensor) -> Tensor:
-        """(K, D) sums of the states up to each kept position, weighted by their energies.
-
-        Pairs of positions are taken in chunks and computed anew for the gradient: those of 16
-        sequences of 200 items would fill a gigabyte.
-        """
-        counts = positions[keep] + 1  # states that a position attends to
-        sizes = torch.bincount(counts.cumsum(0) // CHUNK_PAIRS).tolist()
-        parts = zip(
-            self.query(states[keep]).split(sizes),
-            (keep - positions[keep]).split(sizes),
-            counts.split(sizes),
-        )
-        key = self.key(states)
-        sums = [
-            checkpoint(
-                self._attend_chunk,
-                query,
-                key,
-                states,
-                *ranges,
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-            for query, *ranges in parts
-            if len(query)
-        ]
-        return torch.cat(sums)
-
-    def _attend_chunk(
-        self, query: Tensor, key: Tensor, states: Tensor, starts: Tensor, counts: Tensor
-    ) -> Tensor:
-        """(C, D) such sums for queries (C, D) of the ``counts`` states that begin at ``starts``."""
-        group = torch.repeat_interleave(counts)  # (P,) which query a pair belongs to
-        place = torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts)[group]
-        source = starts[group] + place
-        energy = self.energy(torch.sigmoid(query[group] + key[source]))  # (P, 1)
-        sums = states.new_zeros(len(counts), states.shape[-1])
-        return sums.index_add(0, group, energy * states[source])
+        """(K, D) sums of the states up to each kept position, weighted by their energies."""
+        query, key = self.query(states[keep]), self.key(states)
+        starts = keep - positions[keep]
+        return AdditiveAttention.apply(query, key, states, self.energy.weight[0], keep, starts)
 
     def forward(
         self,

@@ -11,16 +11,16 @@ from datasets.base import SequenceDataset
 from model import narm
 from model.layers import Dropout, SelfAttention, jagged_rows
 from model.lru import LRURec, linear_recurrence
-from model.narm import NARM
+from model.narm import NARM, AdditiveAttention
 from model.retriever import build_retriever
 from model.transformer import TransformerRec
 from trainer.retriever import catalogue_loss
 
 
 @pytest.fixture(autouse=True)
-def several_chunks(monkeypatch: pytest.MonkeyPatch):
-    """What these tests look at would fit into one chunk."""
-    monkeypatch.setattr(narm, "CHUNK_PAIRS", 50)
+def several_tiles(monkeypatch: pytest.MonkeyPatch):
+    """What these tests look at would fit into one tile."""
+    monkeypatch.setitem(narm.TILE_POSITIONS, "cpu", 3)
 
 
 def make_data(lengths: list[int], num_items: int = 30, seed: int = 0) -> SequenceDataset:
@@ -297,6 +297,15 @@ def test_recurrence_gradcheck():
     assert torch.autograd.gradcheck(
         lambda u, e: linear_recurrence(u, e, positions, 3), (u, eigenvalues)
     )
+
+
+def test_additive_attention_gradcheck():
+    torch.manual_seed(2)
+    keep = torch.tensor([0, 2, 3, 4, 7])  # in sequences of 1, 4 and 3 positions
+    starts = torch.tensor([0, 1, 1, 1, 5])
+    shapes = ((5, 2), (8, 2), (8, 2), (2,))
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    assert torch.autograd.gradcheck(lambda *x: AdditiveAttention.apply(*x, keep, starts), inputs)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
