@@ -343,44 +343,69 @@ def draw(recipes: dict[str, list[Recipe]], paper: dict, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def compare(first: Run, second: Run, metric: str) -> str:
-    """A paired bootstrap of the difference between two runs on the same users.
+def read_recipe(folder: Path, *, fused: bool = False) -> Recipe:
+    """The run in a folder, or the runs below it if they differ in nothing but the seed.
+
+    Args:
+        folder: where to look.
+        fused: whether rankers are taken with their fused scores.
+
+    Raises:
+        UserError: there is no finished run, or there are several recipes.
+    """
+    run = read_run(folder)
+    runs = [run] if run else [run for run in find_runs(folder) if not run.settings.get("fused")]
+    if fused:
+        runs = [run.fused or run for run in runs]
+    found = [recipe for recipes in find_recipes(runs, folder).values() for recipe in recipes]
+    if len(found) != 1:
+        several = "runs of several recipes there: name one of them"
+        raise UserError(f"--compare {folder}: {several if found else 'no finished run there'}")
+    return found[0]._replace(name=str(folder))
+
+
+def compare(first: Recipe, second: Recipe, metric: str) -> str:
+    """A paired bootstrap of the difference between two recipes on the same users.
+
+    A user's shares are means over seeds.
 
     Raises:
         UserError: the runs are of different data.
     """
-    if first.settings["data_fingerprint"] != second.settings["data_fingerprint"]:
-        raise UserError(f"{first.folder} and {second.folder} are runs on different data")
-    differences = gains(second.ranks, metric) - gains(first.ranks, metric)
+    if len({run.settings["data_fingerprint"] for run in first.runs + second.runs}) > 1:
+        raise UserError(f"{first.name} and {second.name} are runs on different data")
+    shares, others = (x.gains(metric, subset=False)[0].mean(axis=0) for x in (second, first))
+    differences = shares - others
     means = bootstrap_means(differences[None], np.ones((1, len(differences)), dtype=bool))
     low, high = np.quantile(means, [0.025, 0.975])
     p = min(1.0, 2 * min((means <= 0).mean(), (means >= 0).mean()))
     least = 2 / len(means)  # where no sample has the other sign
     shown = f"= {p:.4f}" if p else f"< {least:.4f}"
+    seeds = " and ".join(str(len(recipe.runs)) for recipe in (second, first))
+    over = f"{len(differences):,} users" + ("" if seeds == "1 and 1" else f", {seeds} seeds")
     return (
-        f"{metric}: {second.folder} minus {first.folder} = {differences.mean():+.4f}, "
-        f"95% interval {low:+.4f} to {high:+.4f}, paired bootstrap p {shown} "
-        f"({len(differences):,} users)"
+        f"{metric}: {second.name} minus {first.name} = {differences.mean():+.4f}, "
+        f"95% interval {low:+.4f} to {high:+.4f}, paired bootstrap p {shown} ({over})"
     )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the tables and write ``report.md`` and ``report.png``, or compare two runs."""
+    """Print the tables and write ``report.md`` and ``report.png``, or compare two recipes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--experiment_root", default="experiments")
-    parser.add_argument("--compare", nargs=2, metavar="RUN", help="two run folders")
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        metavar="RUN",
+        help="two runs, or folders of one recipe's runs by seed",
+    )
     parser.add_argument(
         "--fused", action="store_true", help="compare rankers by their fused scores"
     )
     parser.add_argument("--metric", default="NDCG@10", help="metric to compare (default: NDCG@10)")
     flags = parser.parse_args(argv)
     if flags.compare:
-        pair = []
-        for name in flags.compare:
-            run = read_run(Path(name))
-            if run is None:
-                raise UserError(f"--compare {name}: no finished run there")
-            pair.append(run.fused if flags.fused and run.fused else run)
+        pair = [read_recipe(Path(name), fused=flags.fused) for name in flags.compare]
         print(compare(*pair, flags.metric))
         return
     root = Path(flags.experiment_root)

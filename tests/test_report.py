@@ -134,11 +134,36 @@ def test_rankers_and_their_fused_scores_are_two_recipes(retrieved: Path, tmp_pat
 
 
 def test_comparison_finds_a_difference_and_no_difference(retrieved: Path):
-    first = report.read_run(retrieved)
-    better = first._replace(ranks=np.maximum(first.ranks // 2, 1))
+    first = report.read_recipe(retrieved)
+    (run,) = first.runs
+    better = first._replace(runs=[run._replace(ranks=np.maximum(run.ranks // 2, 1))])
     assert "p < 0.0002" in report.compare(first, better, "NDCG@10")
     with pytest.raises(UserError, match="--metric"):
         report.compare(first, better, "NDCG@ten")
+    elsewhere = run._replace(settings=run.settings | {"data_fingerprint": "other"})
+    with pytest.raises(UserError, match="different data"):
+        report.compare(first, first._replace(runs=[run, elsewhere]), "NDCG@10")
+
+
+def test_comparison_takes_means_over_seeds(retrieved: Path, tmp_path: Path):
+    settings = json.loads((retrieved / "config.json").read_text())
+    for seed in (1, 2):
+        shutil.copytree(retrieved, tmp_path / "seeds" / str(seed))
+        changed = json.dumps(settings | {"seed": seed})
+        (tmp_path / "seeds" / str(seed) / "config.json").write_text(changed)
+    seeds, one = report.read_recipe(tmp_path / "seeds"), report.read_recipe(retrieved)
+    worse = seeds._replace(
+        runs=[seeds.runs[0], seeds.runs[1]._replace(ranks=one.runs[0].ranks + 1)]
+    )
+    hits, fewer = (np.mean(ranks <= 5) for ranks in (one.runs[0].ranks, worse.runs[1].ranks))
+    assert f" = {(fewer - hits) / 2:+.4f}, " in report.compare(one, worse, "Recall@5")
+    done = run_script("report.py", "--compare", retrieved, tmp_path / "seeds")
+    assert "+0.0000" in done.stdout and "2 and 1 seeds" in done.stdout
+
+    changed = json.dumps(settings | {"dropout": 0.125})
+    (tmp_path / "seeds" / "1" / "config.json").write_text(changed)
+    done = run_script("report.py", "--compare", retrieved, tmp_path / "seeds")
+    assert done.returncode == 2 and "several recipes" in done.stderr
 
 
 def test_report_without_runs(tmp_path: Path):
