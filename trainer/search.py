@@ -27,6 +27,7 @@ from storage import atomic_path, read_json, write_json
 from trainer.folder import LOG, SEARCH
 
 POLL_SECONDS = 0.2
+VALIDATION = "val_metrics.json"
 
 
 class Point(NamedTuple):
@@ -97,7 +98,11 @@ def run_points(
         UserError: a run failed; the others are stopped and can be resumed.
     """
     waiting, running = list(points), []
-    bar = tqdm(total=len(points), desc="search", unit="run", dynamic_ncols=True)
+    # Runs that are finished end at once, and would have the bar promise the same of the others.
+    finished = {point.name for point in points if (point.folder / VALIDATION).exists()}
+    bar = tqdm(
+        total=len(points), initial=len(finished), desc="search", unit="run", dynamic_ncols=True
+    )
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -117,8 +122,8 @@ def run_points(
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
                 _check(job)
-                bar.update()
-                best = read_json(job.point.folder / "val_metrics.json")
+                bar.update(job.point.name not in finished)
+                best = read_json(job.point.folder / VALIDATION)
                 bar.write(f"{job.point.name}: validation {_brief(best)}")
             bar.set_postfix_str(", ".join(f"{j.point.name} at step {_step(j)}" for j in running))
     finally:
@@ -156,7 +161,7 @@ def _brief(metrics: dict[str, float]) -> str:
 def select(points: Sequence[Point], metric: str) -> tuple[Point, dict[str, Any]]:
     """The point with the best validation metric (the first of equals), and the search's record."""
     rows = [
-        point.settings | {"folder": point.name, "val": read_json(point.folder / "val_metrics.json")}
+        point.settings | {"folder": point.name, "val": read_json(point.folder / VALIDATION)}
         for point in points
     ]
     best = max(range(len(points)), key=lambda i: rows[i]["val"][metric])
