@@ -465,6 +465,7 @@ _TUNED_BY_DATASET = {"beauty": {"max_steps": 5000}}
 _TUNED_BY_MODEL = {
     "bert": {"max_steps": 6000},  # a step learns from the masked items alone
     "narm": {"dropout": 0.1, "attn_dropout": 0.1},
+    "sas": {"dropout": 0.3, "attn_dropout": 0.3},
 }
 
 

@@ -52,7 +52,8 @@ def test_presets_of_the_models():
     assert retriever(*flags, "bert").dropout == 0.2 and retriever(*flags, "sas").dropout == 0.5
     tuned = retriever(*flags, "bert", "--preset", "tuned")
     assert (tuned.max_steps, tuned.dropout, tuned.hidden_units) == (6000, 0.2, 128)
-    assert retriever(*flags, "sas", "--preset", "tuned").max_steps == 5000
+    tuned = retriever(*flags, "sas", "--preset", "tuned")
+    assert (tuned.max_steps, tuned.dropout, tuned.attn_dropout) == (5000, 0.3, 0.3)
 
 
 def test_tuned_preset_keeps_the_data_sets_sizes():
