@@ -439,11 +439,16 @@ def _check_metric(flag_name: str, metric: str, ks_flag: str, ks: tuple[int, ...]
 
 # Presets: what differs from the fields' defaults -----------------------------------------------
 
+
+def _dropouts(share: float) -> dict[str, float]:
+    return {"dropout": share, "attn_dropout": share}
+
+
 # Section 4.0.4. Where it gives a grid (dropout, weight decay), a point of it.
 _LONG_HISTORIES = {"max_len": 200, "train_batch_size": 16}
 _PAPER_BY_DATASET = {"ml-100k": _LONG_HISTORIES, "ml-100k-classic": _LONG_HISTORIES}
 _PAPER_BY_MODEL = {
-    "bert": {"dropout": 0.2, "attn_dropout": 0.2},
+    "bert": _dropouts(0.2),
     "narm": {"num_blocks": 1},  # as in its own paper
 }
 # Found on validation, see RESULTS.md. A moving average and a decaying rate need far fewer steps;
@@ -461,11 +466,11 @@ _TUNED = {
     "mask_history": "always",
     "best_metric": "NDCG@10",
 }
-_TUNED_BY_DATASET = {"beauty": {"max_steps": 5000}}
+_TUNED_BY_DATASET = {"beauty": {"max_steps": 5000}, "ml-100k": _dropouts(0.6)}
 _TUNED_BY_MODEL = {
-    "bert": {"max_steps": 6000},  # a step learns from the masked items alone
-    "narm": {"dropout": 0.1, "attn_dropout": 0.1},
-    "sas": {"dropout": 0.3, "attn_dropout": 0.3},
+    "bert": {"max_steps": 6000} | _dropouts(0.2),  # a step learns from the masked items alone
+    "narm": _dropouts(0.1),
+    "sas": _dropouts(0.3),
 }
 
 

@@ -56,6 +56,14 @@ def test_presets_of_the_models():
     assert (tuned.max_steps, tuned.dropout, tuned.attn_dropout) == (5000, 0.3, 0.3)
 
 
+def test_dropouts_of_the_tuned_preset():
+    flags = ["--preset", "tuned", "--dataset_code"]
+    assert retriever(*flags, "games").dropout == 0.5
+    for model, dropout in (("lru", 0.6), ("sas", 0.3), ("bert", 0.2), ("narm", 0.1)):
+        config = retriever(*flags, "ml-100k", "--model_code", model)
+        assert (config.dropout, config.attn_dropout) == (dropout, dropout)
+
+
 def test_tuned_preset_keeps_the_data_sets_sizes():
     config = retriever("--dataset_code", "ml-100k", "--preset", "tuned")
     assert (config.max_len, config.train_batch_size, config.ema_decay) == (200, 16, 0.999)
