@@ -468,7 +468,7 @@ _TUNED = {
 }
 _TUNED_BY_DATASET = {"beauty": {"max_steps": 5000}, "ml-100k": _dropouts(0.6)}
 _TUNED_BY_MODEL = {
-    "bert": {"max_steps": 6000} | _dropouts(0.2),  # a step learns from the masked items alone
+    "bert": {"max_steps": 6000} | _dropouts(0.1),  # a step learns from the masked items alone
     "narm": _dropouts(0.1),
     "sas": _dropouts(0.3),
 }

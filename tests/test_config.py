@@ -51,7 +51,7 @@ def test_presets_of_the_models():
     assert retriever(*flags, "narm", "--num_blocks", "2").num_blocks == 2
     assert retriever(*flags, "bert").dropout == 0.2 and retriever(*flags, "sas").dropout == 0.5
     tuned = retriever(*flags, "bert", "--preset", "tuned")
-    assert (tuned.max_steps, tuned.dropout, tuned.hidden_units) == (6000, 0.2, 128)
+    assert (tuned.max_steps, tuned.dropout, tuned.hidden_units) == (6000, 0.1, 128)
     tuned = retriever(*flags, "sas", "--preset", "tuned")
     assert (tuned.max_steps, tuned.dropout, tuned.attn_dropout) == (5000, 0.3, 0.3)
 
@@ -59,7 +59,7 @@ def test_presets_of_the_models():
 def test_dropouts_of_the_tuned_preset():
     flags = ["--preset", "tuned", "--dataset_code"]
     assert retriever(*flags, "games").dropout == 0.5
-    for model, dropout in (("lru", 0.6), ("sas", 0.3), ("bert", 0.2), ("narm", 0.1)):
+    for model, dropout in (("lru", 0.6), ("sas", 0.3), ("bert", 0.1), ("narm", 0.1)):
         config = retriever(*flags, "ml-100k", "--model_code", model)
         assert (config.dropout, config.attn_dropout) == (dropout, dropout)
 
