@@ -427,13 +427,23 @@ class AugmentationConfig(LanguageModelConfig):
         return Path(self.export_root) if self.export_root else default
 
 
-def _check_metric(flag_name: str, metric: str, ks_flag: str, ks: tuple[int, ...]) -> None:
+def split_metric(flag_name: str, metric: str) -> tuple[str, int]:
+    """Name and cut-off of a metric that a flag asks for: ``NDCG`` and 10 of ``NDCG@10``.
+
+    Raises:
+        UserError: it is no metric.
+    """
     name, _, k = metric.partition("@")
-    if name not in METRICS or not k.isdigit():
+    if name not in METRICS or not k.isdecimal() or int(k) < 1:
         raise UserError(
             f"--{flag_name} {metric}: use {', '.join(METRICS)} and a cut-off, Recall@10"
         )
-    if int(k) not in ks:
+    return name, int(k)
+
+
+def _check_metric(flag_name: str, metric: str, ks_flag: str, ks: tuple[int, ...]) -> None:
+    _, k = split_metric(flag_name, metric)
+    if k not in ks:
         raise UserError(f"--{flag_name} {metric}: {k} is not among --{ks_flag}")
 
 

@@ -19,8 +19,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from config import DATASET_CODES, RankerConfig, RetrieverConfig, UserError, run_main
-from metrics import METRIC_GAINS, user_gains
+from config import (
+    DATASET_CODES,
+    RankerConfig,
+    RetrieverConfig,
+    UserError,
+    run_main,
+    split_metric,
+)
+from metrics import user_gains
 from storage import atomic_path, read_json, reading
 from trainer.folder import HANDLING, LOG, SEARCH, SEARCH_RUNS
 
@@ -193,10 +200,7 @@ def find_recipes(runs: Sequence[Run], root: Path) -> dict[str, list[Recipe]]:
 
 def gains(ranks: np.ndarray, metric: str) -> np.ndarray:
     """(num_users,) each user's share in a metric such as ``NDCG@10``."""
-    name, _, k = metric.partition("@")
-    if name not in METRIC_GAINS or not k.isdigit() or int(k) < 1:
-        raise UserError(f"--metric {metric}: use {', '.join(METRIC_GAINS)} and a cut-off, NDCG@10")
-    return user_gains(ranks, name, int(k))
+    return user_gains(ranks, *split_metric("metric", metric))
 
 
 def bootstrap_means(values: np.ndarray, counted: np.ndarray, seed: int = 0) -> np.ndarray:
