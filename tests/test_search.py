@@ -7,7 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ROOT, contents, run_script
+from trainer import search
 
 GRID = [
     "--search", "true", "--search_weight_decay", 0, 0.01, "--search_dropout", 0.1, 0.5,
@@ -75,3 +78,13 @@ def test_a_failing_run_ends_the_search_with_its_reason(toy_flags: list, tmp_path
     # Two begin together, and either can be the first to fail.
     assert "weight_decay_0_dropout_0." in message and "the loss is nan" in message
     assert not (tmp_path / "run" / "search.json").exists()
+
+
+def test_runs_keep_to_the_gpus_they_are_given(monkeypatch: pytest.MonkeyPatch):
+    def gpus() -> list[str]:
+        return [search._environment(slot, 3, 2)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpus() == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-8932f937")
+    assert gpus() == ["2", "GPU-8932f937", "2"]

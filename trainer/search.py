@@ -68,7 +68,9 @@ def grid(folder: Path, weight_decays: Sequence[float], dropouts: Sequence[float]
 def _environment(slot: int, jobs: int, num_gpus: int) -> dict[str, str]:
     """What keeps the processes from getting in each other's way."""
     if num_gpus:
-        return {**os.environ, "CUDA_VISIBLE_DEVICES": str(slot % num_gpus)}
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")  # the others may be somebody else's
+        gpus = given.split(",") if given else [str(number) for number in range(num_gpus)]
+        return {**os.environ, "CUDA_VISIBLE_DEVICES": gpus[slot % num_gpus]}
     return {**os.environ, "OMP_NUM_THREADS": str(max(1, num_cores() // jobs))}
 
 
