@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,6 +51,11 @@ def _as_is(batch: object) -> object:
     return batch
 
 
+def _ignore_interrupts(_: int) -> None:
+    """Ctrl-C reaches a worker as well, whose batches are still needed to come to a step's end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def training_loader(dataset: Dataset, sampler: ShuffledBatches, num_workers: int) -> DataLoader:
     """Loader over a data set whose ``__getitems__`` makes whole batches from index lists."""
     return _loader(dataset, num_workers, batch_sampler=sampler)
@@ -65,5 +71,10 @@ def _loader(dataset: Dataset, num_workers: int, **batches: Any) -> DataLoader:
     # global one alone, which a resumed run needs in the state it would have had.
     generator = torch.Generator()
     return DataLoader(
-        dataset, collate_fn=_as_is, num_workers=num_workers, generator=generator, **batches
+        dataset,
+        collate_fn=_as_is,
+        num_workers=num_workers,
+        worker_init_fn=_ignore_interrupts,
+        generator=generator,
+        **batches,
     )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 from torch import nn
 
 import train_retriever
+from config import MODEL_CODES
+from dataloader.retriever import TrainingWindows
+from model.retriever import build_retriever
 from trainer.average import WeightAverage
-from trainer.loop import Trainer, build_schedule
+from trainer.loop import Trainer, build_optimizer, build_schedule
 
 
 @pytest.mark.parametrize(("decay", "halfway"), [(None, 1.0), ("linear", 0.5), ("cosine", 0.5)])
@@ -52,6 +56,46 @@ def test_average_of_the_weights():
     with other.applied():
         torch.testing.assert_close(model.weight.data, expected)
     assert torch.equal(model.weight, last)
+
+
+def test_an_interruption_while_a_batch_is_made_loses_no_step(
+    toy_flags: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    flags = [*toy_flags, "--device", "cpu", "--max_steps", 30, "--save_seconds", 3600]
+    words = [str(flag) for flag in (*flags, "--export_root", tmp_path)]
+    make, batches = TrainingWindows.__getitems__, []
+
+    def interrupted(windows: TrainingWindows, numbers: list[int]) -> list[dict]:
+        batches.append(numbers)
+        if len(batches) == 7:
+            signal.raise_signal(signal.SIGINT)
+        return make(windows, numbers)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TrainingWindows, "__getitems__", interrupted)
+        train_retriever.main(words)
+    train_retriever.main([*words, "--resume", "true"])
+    assert "resuming at step 7" in capsys.readouterr().out
+
+
+def test_biases_and_layer_norms_do_not_decay():
+    for code in MODEL_CODES:
+        model = build_retriever(
+            code, num_items=9, max_len=5, hidden_dim=8, num_blocks=2, num_heads=2, dropout=0.1,
+            attn_dropout=0.1,
+        )  # fmt: skip
+        optimizer = build_optimizer(
+            model, "AdamW", lr=1e-3, weight_decay=0.3, epsilon=1e-8, paged=False
+        )
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        decay = {
+            names[id(parameter)]: group["weight_decay"]
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        assert decay.keys() == set(names.values()) and decay["embedding.weight"] == 0.3
+        exempt = {name for name in decay if "bias" in name or "layer_norm" in name}
+        assert exempt and {name for name in decay if not decay[name]} == exempt
 
 
 def test_stop_between_a_validation_and_its_checkpoint(

@@ -82,12 +82,16 @@ def load_checkpoint(path: Path, fingerprint: str) -> Any | None:
     return state
 
 
-def random_state() -> dict[str, Any]:
-    """State of torch's random number generators."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """State of torch's random number generators: the CPU's and, of GPUs, this one's."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
 
 
-def set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
     """Put back what ``random_state`` returned."""
     torch.set_rng_state(state["cpu"])
-    torch.cuda.set_rng_state_all(state["cuda"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -141,7 +141,7 @@ def build_optimizer(
     groups: dict[float, list[nn.Parameter]] = {weight_decay: [], 0.0: []}
     for parameter_name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            exempt = parameter_name.endswith("bias") or "layer_norm" in parameter_name
+            exempt = "bias" in parameter_name or "layer_norm" in parameter_name
             groups[0.0 if exempt else weight_decay].append(parameter)
     parameters = [{"params": p, "weight_decay": decay} for decay, p in groups.items() if p]
     if paged and name == "AdamW":
@@ -265,23 +265,28 @@ class Trainer:
                 self._validate(bar)
                 self._save()
                 continue
-            batch = next(batches, None)
-            if batch is None:
-                self.progress = replace(self.progress, epoch=self.progress.epoch + 1, batch=0)
-                batches = self._batches()
-                continue
             with deferred_signals() as signals:
-                self.recent.append([user for part in batch for user in part["users"]])
-                self.losses.append(self._step(batch))
-                step = self.progress.step + 1
-                self.progress = replace(self.progress, step=step, batch=self.progress.batch + 1)
-            bar.update()
-            if step % CHECK_STEPS == 0:
-                bar.set_postfix_str(f"loss {self._check_losses():.4f}")
-            if signals or time.monotonic() - self.saved_at > self.settings.save_seconds:
-                self._save()
+                batch = next(batches, None)
+                if batch is None:
+                    self.progress = replace(self.progress, epoch=self.progress.epoch + 1, batch=0)
+                    batches = self._batches()
+                else:
+                    self._advance(batch, bar)
+                if time.monotonic() - self.saved_at > self.settings.save_seconds:
+                    self._save()
             if signals:
+                self._save()
                 raise Terminated if signals[0] == signal.SIGTERM else KeyboardInterrupt
+
+    def _advance(self, batch: list[dict[str, Any]], bar: tqdm) -> None:
+        """Train on a batch, and show how far it is."""
+        self.recent.append([user for part in batch for user in part["users"]])
+        self.losses.append(self._step(batch))
+        step = self.progress.step + 1
+        self.progress = replace(self.progress, step=step, batch=self.progress.batch + 1)
+        bar.update()
+        if step % CHECK_STEPS == 0:
+            bar.set_postfix_str(f"loss {self._check_losses():.4f}")
 
     def _batches(self) -> Iterator[list[dict[str, Any]]]:
         """The batches of the epoch that are left."""
@@ -374,7 +379,7 @@ class Trainer:
             "model": trainable_state(self.model),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {"last_epoch": self.scheduler.last_epoch},
-            "random": random_state(),
+            "random": random_state(self.accelerator.device),
             "losses": self.losses,
             "average": self.average.state_dict() if self.average else None,
             "progress": asdict(self.progress),
@@ -394,7 +399,7 @@ class Trainer:
         self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
         if self.average:
             self.average.load_state_dict(state["average"])
-        set_random_state(state["random"])
+        set_random_state(state["random"], self.accelerator.device)
         self.losses = [loss.to(self.accelerator.device) for loss in state["losses"]]
         self.progress = Progress(**state["progress"])
         self.log.load(self.progress.validated_step)  # a validation cut short is repeated
