@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         items=config.items,
     )
     print(data.summary())
+    if not len(data.training_prefixes()[0]):
+        raise UserError(f"{data.code}: no user has two training items, so there is no prompt")
     retriever = check_retriever(config, data)
     earlier = earlier_stages(config)
     language_model = find_language_model(config)
@@ -104,6 +106,8 @@ def earlier_stages(config: AugmentationConfig) -> dict[str, str]:
     if config.reuse is None:
         return {}
     earlier = Path(config.reuse)
+    if earlier.resolve() == config.run_dir.resolve():
+        raise UserError(f"--reuse {earlier} is this run's own folder: name another --export_root")
     if not all((earlier / name).exists() for name in ("config.json", *OUTPUTS)):
         raise UserError(f"--reuse {earlier}: no finished run of augment_data.py there")
     if (earlier / folder.CHECKPOINT).exists():

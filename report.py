@@ -38,7 +38,7 @@ METRICS = ("MRR@5", "NDCG@5", "Recall@5", "MRR@10", "NDCG@10", "Recall@10", "Rec
 BOOTSTRAP_SAMPLES = 10_000
 # What may differ between runs of one recipe.
 NOT_RECIPE = HANDLING | {
-    "seed", "commit", "torch", "device", "fingerprint", "data_fingerprint", "retrieved_from",
+    "seed", "commit", "torch", "device", "fingerprint", "retrieved_from",
 }  # fmt: skip
 SEARCHED = {"weight_decay", "dropout", "attn_dropout"}  # what a grid search chooses
 
@@ -81,11 +81,15 @@ class Run(NamedTuple):
         left_out = NOT_RECIPE | (SEARCHED if self.search else set())
         config = RankerConfig if self.column == RANKER else RetrieverConfig
         defaults = json.loads(json.dumps({spec.name: spec.default for spec in fields(config)}))
-        return {
+        recipe = {
             name: value
             for name, value in self.settings.items()
             if name not in left_out and not (name in defaults and value == defaults[name])
         }
+        retriever = recipe.get("retriever")
+        if retriever:
+            recipe["retriever"] = {k: v for k, v in retriever.items() if k not in NOT_RECIPE}
+        return recipe
 
     def name(self) -> str:
         """Model, preset, whether by grid search, whether written interactions were trained on."""
@@ -260,11 +264,15 @@ def table(code: str, recipes: Sequence[Recipe], paper: dict, *, subset: bool) ->
 
     for recipe in recipes:
         seeds = len(recipe.runs)
+        title = f"**{recipe.name}**, {seeds} seed{'s' * (seeds > 1)}"
         shares = [recipe.gains(metric, subset) for metric in metrics]
+        if not shares[0][1].any():
+            add(title, ["no users"] * len(metrics))
+            continue
         means = [values[counted].mean() for values, counted in shares]
         intervals = [interval(values, counted) for values, counted in shares]
         cells = [f"{x:.4f} ({low:.4f} to {high:.4f})" for x, (low, high) in zip(means, intervals)]
-        add(f"**{recipe.name}**, {seeds} seed{'s' * (seeds > 1)}", cells)
+        add(title, cells)
         if seeds > 1:
             spread = [
                 np.std([value[count].mean() for value, count in zip(*share)], ddof=1)

@@ -84,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         items=config.items,
     )
     print(data.summary())
+    if not len(data.training_prefixes()[0]):
+        raise UserError(f"{data.code}: no user has two training items, so there is no prompt")
     candidates = load_candidates(config.retrieved_dir / FILE_NAME, data)
     if not all(len(split.retrieved) for split in candidates.values()):
         raise UserError(
@@ -108,6 +110,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.as_dict() | details, data, *(c.items.tobytes() for c in candidates.values())
     )
     details["retrieved_from"] = str(config.retrieved_dir)
+    settings = config.retrieved_dir / "config.json"
+    if settings.exists():
+        details["retriever"] = read_json(settings)
     run_dir = config.run_dir(language_model.base.name)
     folder.check_replaceable(run_dir, OUTPUTS, config)
     with folder.locked(run_dir):

@@ -133,6 +133,32 @@ def test_rankers_and_their_fused_scores_are_two_recipes(retrieved: Path, tmp_pat
     assert "+0.0000" in run_script("report.py", *pair).stdout
 
 
+def test_rankers_on_other_retrievers_or_data_are_other_recipes(retrieved: Path):
+    first = report.read_run(retrieved)
+    lru = {"model_code": "lru", "preset": "paper", "seed": 1}
+    settings = {"dataset_code": "custom", "llm_base_model": "tiny", "data_fingerprint": "x"}
+
+    def ranker(retriever: dict, **own: object) -> report.Run:
+        return first._replace(settings=settings | own | {"retriever": lru | retriever})
+
+    runs = [
+        ranker({}),
+        ranker({"seed": 2}, seed=2),
+        ranker({"preset": "tuned"}),
+        ranker({}, seed=2, data_fingerprint="y"),
+    ]
+    ((_, found),) = report.find_recipes(runs, retrieved.parent).items()
+    assert sorted(len(recipe.runs) for recipe in found) == [1, 1, 2]
+
+
+def test_a_run_that_retrieved_no_answer(retrieved: Path):
+    run = report.read_run(retrieved)
+    recipe = report.Recipe("none", [run._replace(retrieved=np.zeros_like(run.retrieved))])
+    paper = {"all_users": {}, "retrieved_users": {}}
+    line = report.table("custom", [recipe], paper, subset=True)[2]
+    assert line == "| **none**, 1 seed |" + " no users |" * 6
+
+
 def test_comparison_finds_a_difference_and_no_difference(retrieved: Path):
     first = report.read_recipe(retrieved)
     (run,) = first.runs
