@@ -11,6 +11,7 @@ import argparse
 import ctypes
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,6 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-PAPER = "https://arxiv.org/abs/2311.02089"
 DATASET_CODES = ("ml-100k", "beauty", "games", "ml-100k-classic", "custom")
 DATASET_KEYS = {"1": "ml-100k", "b": "beauty", "g": "games"}
 MODEL_CODES = ("lru", "sas", "bert", "narm")
@@ -215,7 +215,7 @@ class RetrieverConfig(CommonConfig):
     search_jobs: int | None = flag(
         None, "runs of the search at once; one a GPU, or a core without CUDA", positive
     )
-    num_candidates: int = flag(20, "candidates kept for every user", positive)
+    num_candidates: int = flag(20, "candidates kept for every user", _number(int, 2, LARGEST))
     sliding_window_size: float = flag(
         1.0, "stride of the training windows as a share of --max_len", real
     )
@@ -261,7 +261,7 @@ class LanguageModelConfig(CommonConfig):
 
     llm_base_model: str | None = flag(
         None,
-        "causal LM by hub name (name@revision) or folder; Llama-2-7b on CUDA, else smollm2-135m",
+        "causal LM by hub name (owner/name@revision) or folder; Llama-2-7b on CUDA, else smollm2-135m",
     )
     llm_base_tokenizer: str | None = flag(None, "tokenizer by name or folder; the model's own")
     llm_cache_dir: str | None = flag(None, "folder of models from the hub; the hub's own default")
@@ -434,7 +434,7 @@ def split_metric(flag_name: str, metric: str) -> tuple[str, int]:
         UserError: it is no metric.
     """
     name, _, k = metric.partition("@")
-    if name not in METRICS or not k.isdecimal() or int(k) < 1:
+    if name not in METRICS or not re.fullmatch("[1-9][0-9]*", k):
         raise UserError(
             f"--{flag_name} {metric}: use {', '.join(METRICS)} and a cut-off, Recall@10"
         )
@@ -617,7 +617,10 @@ def _ask_dataset() -> str:
     codes = ", ".join(DATASET_CODES)
     if not sys.stdin.isatty():
         raise UserError(f"--dataset_code is missing: choose one of {codes}")
-    choice = input("Data set: 1 for ml-100k, b for beauty, g for games: ").strip()
+    try:
+        choice = input("Data set: 1 for ml-100k, b for beauty, g for games: ").strip()
+    except EOFError:
+        raise UserError(f"no data set was chosen: pass --dataset_code, one of {codes}") from None
     code = DATASET_KEYS.get(choice, choice)
     if code not in DATASET_CODES:
         raise UserError(f"'{choice}' is no data set: type 1, b or g, or one of {codes}")

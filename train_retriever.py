@@ -48,8 +48,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     # A search goes on with what is there of it: its runs resume on their own.
     if not (config.search and (config.run_dir / folder.SEARCH).exists()):
         folder.check_replaceable(config.run_dir, OUTPUTS, config)
-    if config.negatives and config.label_smoothing:
-        print("note: no effect with --negatives: --label_smoothing", file=sys.stderr)
     encodings = None if config.title_encoder == "none" else title_encodings(config, data)
     with folder.locked(config.run_dir):
         if config.search:

@@ -90,7 +90,9 @@ class PromptBuilder:
         self._check_length()
 
     def _shorten(self, titles: Sequence[str], max_title_len: int) -> list[str]:
-        """Titles cut to the limit, at the start of the first token too many."""
+        """Titles cut to the limit, at the start of the first token too many, but for the first
+        character, which stays however many tokens it takes.
+        """
         shortened = list(titles)
         anchor = self.tokenizer.encode(_ANCHOR, add_special_tokens=False).ids
         limit = len(anchor) + max_title_len
@@ -100,8 +102,9 @@ class PromptBuilder:
             encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
             long = []
             for i, text, encoding in zip(pending, texts, encodings):
-                if len(encoding.ids) > limit:
-                    cut = max(encoding.offsets[limit][0], len(_ANCHOR) + 2)
+                least = len(_ANCHOR) + 2
+                if len(encoding.ids) > limit and len(text) > least:
+                    cut = max(encoding.offsets[limit][0], least)
                     shortened[i] = text[:cut][len(_ANCHOR) :].strip()
                     long.append(i)
             pending = long

@@ -75,7 +75,7 @@ def find_model(
     revision = None
     if not folder.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") != 1:
-            raise UserError(f"{flag} {name}: no such folder; {help}")
+            raise UserError(f"{flag} {name}: no such folder, nor owner/name on the hub; {help}")
         name, _, wanted = name.partition("@")
         try:
             folder = _from_hub(name, wanted or REVISIONS.get(name), hub_cache, weights)
@@ -194,13 +194,17 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """
     try:
         if (folder / "tokenizer.json").is_file():
-            return Tokenizer.from_file(str(folder / "tokenizer.json"))
-        from transformers import AutoTokenizer
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        else:
+            from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-        return tokenizer.backend_tokenizer
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            ).backend_tokenizer
+        # A file keeps the padding and truncation of whoever saved it.
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return tokenizer
     except Exception as error:  # the tokenizers library raises bare Exception
         raise UserError(
             f"{folder} has no tokenizer that can be read ({reason(error)}); name one with "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 
@@ -38,6 +39,8 @@ def candidate_scores(model: nn.Module, batch: dict[str, Any], label_ids: Tensor)
     last = mask.cumsum(-1).argmax(-1)
     hidden = hidden[torch.arange(len(last), device=last.device), last]
     head = causal_lm.get_output_embeddings()
+    if isinstance(head, BaseTunerLayer):  # its weights alone are not what it computes
+        return head(hidden)[:, label_ids].float()
     bias = None if head.bias is None else head.bias[label_ids].float()
     return nn.functional.linear(hidden.float(), head.weight[label_ids].float(), bias)
 

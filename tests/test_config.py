@@ -111,6 +111,13 @@ def test_dataset_is_asked_for_at_a_terminal(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(UserError, match="type 1, b or g"):
         retriever()
 
+    def end(prompt: str) -> str:
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", end)  # Ctrl-D
+    with pytest.raises(UserError, match="pass --dataset_code"):
+        retriever()
+
 
 @pytest.mark.parametrize("script", ["train_retriever.py", "train_ranker.py"])
 def test_help_and_flags_need_no_torch(script: str, tmp_path: Path):

@@ -10,6 +10,7 @@ from config import RankerConfig, UserError
 from dataloader.prompt import LABELS, PromptBuilder
 from datasets import SequenceDataset, load_dataset
 from datasets.base import Filters
+from model.hub import load_tokenizer
 
 DEFAULTS = RankerConfig(dataset_code="ml-100k")
 
@@ -104,6 +105,28 @@ def test_long_titles_are_cut(tokenizer_folder: Path):
         assert titles[item].startswith(builder.titles[item]) and builder.titles[item]
     ids = tokenizer.encode(builder.text([1, 2, 3], [5, 4])).ids
     assert builder.encode([1, 2, 3], [5, 4]).tolist() == ids
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 4])
+def test_a_first_character_of_many_tokens_stays(limit: int, tokenizer_folder: Path):
+    tokenizer = read_tokenizer(tokenizer_folder)
+    builder = make_builder(tokenizer, ["", "\U0001f600 film", "☃", "Ran"], max_title_len=limit)
+    assert builder.titles[1].startswith("\U0001f600") and builder.titles[2] == "☃"
+    ids = tokenizer.encode(builder.text([1, 2], [3, 1])).ids
+    assert builder.encode([1, 2], [3, 1]).tolist() == ids
+
+
+def test_padding_and_truncation_kept_in_a_file_are_left_out(tiny_llama: Path, tmp_path: Path):
+    kept = read_tokenizer(tiny_llama)
+    kept.enable_padding(length=64, pad_id=1, pad_token="</s>")
+    kept.enable_truncation(16)
+    kept.save(str(tmp_path / "tokenizer.json"))
+    titles = ["", "Heat (1995)", "Ran"]
+    ids = [
+        make_builder(tokenizer, titles).encode([1, 2], [2, 1]).tolist()
+        for tokenizer in (read_tokenizer(tiny_llama), load_tokenizer(tmp_path))
+    ]
+    assert ids[0] == ids[1]
 
 
 def test_oldest_history_goes_first(tiny_llama: Path):

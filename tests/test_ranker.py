@@ -283,6 +283,22 @@ def test_lora_step_and_saved_adapter(
         assert torch.equal(candidate_scores(loaded, batch, label_ids), scores)
 
 
+def test_scores_with_an_adapter_on_the_output_layer(prompts: PromptBuilder, tiny_llama: Path):
+    options = LORA | {"target_modules": ("q_proj", "lm_head")}
+    model = add_lora(load_causal_lm(tiny_llama, device=CPU, in_4bit=False), **options).eval()
+    label_ids = torch.from_numpy(prompts.label_ids)
+    batch = pad_left([prompts.encode([1, 2], range(1, 21)), prompts.encode([3], range(2, 22))], 1)
+    with torch.no_grad():
+        before = candidate_scores(model, batch, label_ids)
+        for name, parameter in model.named_parameters():
+            if "lm_head.lora_B" in name:
+                parameter.normal_()
+        scores = candidate_scores(model, batch, label_ids)
+        assert (scores - before).abs().max() > 0.1
+        stock = stock_scores(model, batch, label_ids)
+    torch.testing.assert_close(scores, stock.float(), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("in_4bit", [True, False])
 def test_evaluation_in_between_changes_no_gradient(
     prompts: PromptBuilder, tiny_llama: Path, in_4bit: bool

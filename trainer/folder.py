@@ -113,9 +113,9 @@ def is_finished(run_dir: Path, outputs: Sequence[str], fingerprint: str) -> bool
     Raises:
         UserError: it holds those of a run with another fingerprint.
     """
-    if (run_dir / CHECKPOINT).exists() or not all((run_dir / name).exists() for name in outputs):
+    if (run_dir / CHECKPOINT).exists() or not is_started(run_dir, outputs, fingerprint):
         return False
-    return is_started(run_dir, outputs, fingerprint)
+    return all((run_dir / name).exists() for name in outputs)
 
 
 def check_replaceable(run_dir: Path, outputs: Sequence[str], config: CommonConfig) -> None:

@@ -74,9 +74,10 @@ def retrieve(
     parts = []
     for batch in tqdm(loader, desc=description, unit="batch", leave=False):
         scores = score_histories(model, batch, mask_history)
-        best = torch.topk(scores, num_candidates)
+        # Without the start token: where too few items are left, those had before fill up.
+        best = torch.topk(scores[:, 1:], num_candidates)
         ranks = answer_ranks(scores, batch["answers"])
-        parts.append([x.cpu() for x in (best.indices, best.values, batch["answers"], ranks)])
+        parts.append([x.cpu() for x in (best.indices + 1, best.values, batch["answers"], ranks)])
     items, top_scores, answers, ranks = (torch.cat(x).numpy() for x in zip(*parts))
     return Candidates(
         items.astype(np.int32),

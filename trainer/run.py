@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from config import CommonConfig, UserError
-from storage import write_json
+from storage import reason, write_json
 from trainer.folder import CHECKPOINT, LOG, clear
 from trainer.loop import RunLog, build_optimizer, build_schedule
 
@@ -91,23 +91,35 @@ def open_run(
         outputs: names of the run's files and folders.
         resumed: whether to leave what is in the folder; if None, where there is a checkpoint.
     """
-    tracker = None
     if resumed is None:
         resumed = config.resume and (run_dir / CHECKPOINT).exists()
+    tracker = _track(run_dir, config, details) if config.use_wandb else None
     if not resumed:
         clear(run_dir, outputs)
         versions = {"torch": torch.__version__, "commit": _commit()}
         write_json(run_dir / "config.json", config.as_dict() | details | versions)
-    if config.use_wandb:
-        import wandb
+    return RunLog(run_dir / LOG, tracker)
 
-        tracker = wandb.init(
+
+def _track(run_dir: Path, config: CommonConfig, details: dict[str, Any]) -> Any:
+    """A run of Weights & Biases.
+
+    Raises:
+        UserError: it cannot be begun.
+    """
+    import wandb
+
+    try:
+        return wandb.init(
             project=PROJECT,
             name=f"{run_dir.parent.name}_{config.dataset_code}",
             config=config.as_dict() | details,
             dir=str(run_dir),
         )
-    return RunLog(run_dir / LOG, tracker)
+    except wandb.errors.Error as error:
+        raise UserError(
+            f"--use_wandb true: {reason(error)} (WANDB_MODE=offline logs without an account)"
+        ) from error
 
 
 def close_run(run_dir: Path, log: RunLog, summary: dict[str, Any]) -> None:
