@@ -261,7 +261,7 @@ class LanguageModelConfig(CommonConfig):
 
     llm_base_model: str | None = flag(
         None,
-        "causal LM by hub name (owner/name@revision) or folder; Llama-2-7b on CUDA, else smollm2-135m",
+        "causal LM, owner/name@revision or folder; Llama-2-7b on CUDA, else smollm2-135m",
     )
     llm_base_tokenizer: str | None = flag(None, "tokenizer by name or folder; the model's own")
     llm_cache_dir: str | None = flag(None, "folder of models from the hub; the hub's own default")
