@@ -48,6 +48,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     # A search goes on with what is there of it: its runs resume on their own.
     if not (config.search and (config.run_dir / folder.SEARCH).exists()):
         folder.check_replaceable(config.run_dir, OUTPUTS, config)
+    repeated = data.num_repeated()
+    if repeated and config.mask_history != "never":
+        print(
+            f"note: {repeated:,} of {data.num_users:,} test answers are items the user had before, "
+            "which are not recommended: --mask_history never recommends them",
+            file=sys.stderr,
+        )
     encodings = None if config.title_encoder == "none" else title_encodings(config, data)
     with folder.locked(config.run_dir):
         if config.search:

