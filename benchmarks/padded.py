@@ -2,8 +2,9 @@
 
 Sequences are padded one by one with Python lists, every position passes every layer and the output
 layer; evaluation scores all positions, takes the last, masks the history position by position and
-sorts the catalogue, as published code does. The functions use the weights of our own models, so
-that nothing but the computation differs.
+sorts the catalogue, as LRURec's published code does. NARM's evaluation attends from the last
+position alone and scores no other. The functions use the weights of our own models, so that nothing
+but the computation differs.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ def padded_rows(sequences: list[list[int]], max_len: int) -> Tensor:
     """(B, max_len) item ids, padded with 0 on the left."""
     cut = [sequence[-max_len:] for sequence in sequences]
     return torch.LongTensor([[0] * (max_len - len(x)) + x for x in cut])
+
+
+def _padded_on_the_right(sequences: list[list[int]], max_len: int) -> Tensor:
+    cut = [sequence[-max_len:] for sequence in sequences]
+    return torch.LongTensor([x + [0] * (max_len - len(x)) for x in cut])
 
 
 def training_batch(windows: list[list[int]], max_len: int) -> tuple[Tensor, Tensor]:
@@ -96,6 +102,18 @@ def _narm(model: NARM, item_ids: Tensor) -> Tensor:
     return model.bilinear(model.encoding_dropout(torch.cat([h, local], dim=-1)))
 
 
+def _last_narm(model: NARM, histories: list[list[int]], max_len: int) -> Tensor:
+    """(B, D) encodings of whole histories."""
+    item_ids = _padded_on_the_right(histories, max_len)
+    real = item_ids > 0
+    h, _ = model.gru(model.embedding(item_ids).transpose(0, 1))
+    h = h.transpose(0, 1)  # (B, L, D)
+    last = h[torch.arange(len(h)), real.sum(1) - 1]
+    energy = torch.sigmoid(model.query(last)[:, None] + model.key(h))  # (B, L, D)
+    local = ((model.energy(energy).squeeze(-1) * real)[:, :, None] * h).sum(1)
+    return model.bilinear(torch.cat([last, local], dim=-1))
+
+
 def scores(model: nn.Module, item_ids: Tensor) -> Tensor:
     """(B, L, V + 1) scores of all items at every position."""
     forward = {LRURec: _lru, TransformerRec: _transformer, NARM: _narm}[type(model)]
@@ -128,7 +146,10 @@ def evaluate(
     """Ranks (B,) of the answers and the 20 best items (B, 20)."""
     mask = [] if causal else [model.num_items + 1]
     rows = padded_rows([history + mask for history in histories], max_len)
-    table = scores(model, rows)[:, -1]
+    if isinstance(model, NARM):
+        table = _last_narm(model, histories, max_len) @ model.embedding.weight.T
+    else:
+        table = scores(model, rows)[:, -1]
     for place in range(max_len):
         seen = rows[:, place]
         seen = torch.where(seen > model.num_items, 0, seen)

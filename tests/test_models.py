@@ -1,5 +1,7 @@
 """Retriever models: the jagged computation against plain padded ones and the definitions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 
 from benchmarks import padded
 from dataloader.retriever import Histories, MaskedWindows, TrainingWindows
+from dataloader.sampler import evaluation_loader
 from datasets.base import SequenceDataset
 from model import narm
 from model.layers import Dropout, SelfAttention, jagged_rows
@@ -14,7 +17,7 @@ from model.lru import LRURec, linear_recurrence
 from model.narm import NARM, AdditiveAttention
 from model.retriever import build_retriever
 from model.transformer import TransformerRec
-from trainer.retriever import catalogue_loss
+from trainer.retriever import catalogue_loss, retrieve
 
 
 @pytest.fixture(autouse=True)
@@ -225,6 +228,22 @@ def test_evaluation_equals_padded(code: str):
             assert batch["answers"][user] == data.answers(split)[user]
             rows = batch["history_rows"] == user
             assert batch["history_items"][rows].tolist() == history.tolist()
+
+
+@pytest.mark.parametrize("code", PADDED)
+def test_what_the_benchmark_compares_with_ranks_the_same(code: str):
+    lengths = [5, 3, 9, 10]  # it masks no more of a history than it reads
+    rng = np.random.default_rng(0)
+    walks = np.concatenate([rng.permutation(30)[:length] + 1 for length in lengths])
+    data = replace(make_data(lengths), item_ids=walks)
+    model = small_model(code, max_len=10).eval()
+    mask_token = 31 if code == "bert" else None
+    loader = evaluation_loader(Histories(data, "test", 10, mask_token), 4, 0)
+    ours = retrieve(model, loader, mask_history=True, num_candidates=20, description="")
+    histories, answers = padded.sequences(data, "test"), data.answers("test").tolist()
+    ranks, best = padded.evaluate(model, histories, answers, 10, causal=code != "bert")
+    assert ranks.tolist() == ours.label_ranks.tolist()
+    assert best.tolist() == ours.items.tolist()
 
 
 @pytest.mark.parametrize("code", NEXT_ITEM)
