@@ -39,7 +39,7 @@ COUNTS = "augmentation.json"
 OUTPUTS = ("adapter", GENERATED, "augmented.npz", COUNTS, "exports")
 # Flags that the tuned model, or the texts, do not depend on.
 FILTERING = {"retriever_path", "plausible_rank", "plausible_share"}
-SAMPLING = {"constrained", "temperature", "top_p", "test_batch_size"}
+SAMPLING = {"constrained", "temperature", "top_p"}
 BEST_METRIC = "log_likelihood"
 VAL_EXAMPLES = 128
 
@@ -272,8 +272,14 @@ def augment(
     log = run.open_run(run_dir, config, details, OUTPUTS, resumed)
     generated = run_dir / GENERATED
     for stage, name in (("tuning", "adapter"), ("generation", GENERATED)):
-        if earlier.get(stage) == stages[stage] and not (run_dir / name).exists():
+        if config.reuse is None or (run_dir / name).exists():
+            continue
+        if earlier.get(stage) == stages[stage]:
             reuse(config, name)
+        else:
+            print(
+                f"note: {name} of {config.reuse} was made with other flags, data or code: made anew"
+            )
 
     written = read_written(generated)
     if len(written) < data.num_users:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from datasets import SequenceDataset
 from storage import atomic_folder
+
+# What pandas, with which RecBole reads, takes for a missing value.
+MISSING = {
+    "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN",
+    "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null",
+}  # fmt: skip
 
 
 def _sequences(data: SequenceDataset) -> Iterator[tuple[int, np.ndarray]]:
@@ -27,12 +33,20 @@ def _field(text: str) -> str:
     return " ".join(text.replace('"', "'").split())
 
 
+def _identifiers(names: Sequence[str]) -> list[str]:
+    """Names as fields, or numbers if a reader would take two of them for one or one for none."""
+    fields = [_field(name) for name in names]
+    if len(set(fields)) == len(fields) and MISSING.isdisjoint(fields):
+        return fields
+    return [str(number) for number in range(1, len(fields) + 1)]
+
+
 def export(data: SequenceDataset, folder: Path, name: str) -> None:
     """Write a data set's files for other libraries, all or none.
 
-    - ``recbole/<name>/<name>.inter`` and ``.item``: users and items by their own identifiers; the
-      timestamp is the place in the user's sequence, so that RecBole's leave-one-out gives our
-      split.
+    - ``recbole/<name>/<name>.inter`` and ``.item``: users and items by their own identifiers, or by
+      their numbers from 1 where identifiers could be mistaken; the timestamp is the place in the
+      user's sequence, so that RecBole's leave-one-out gives our split.
     - ``selfrec/train.txt`` and ``test.txt``, a line ``user item 1`` an interaction, and
       ``sequences_train.txt`` and ``sequences_test.txt``, a line ``user:item item ...`` a user: by
       their numbers. Training is the training part, the test the last item.
@@ -42,8 +56,8 @@ def export(data: SequenceDataset, folder: Path, name: str) -> None:
         folder: takes the place of what is there.
         name: the data set's name.
     """
-    users = [_field(user) for user in data.user_names]
-    items = [_field(item) for item in data.item_names]
+    users = _identifiers(data.user_names)
+    items = ["", *_identifiers(data.item_names[1:])]
     with atomic_folder(folder) as temporary:
         recbole, selfrec = temporary / "recbole" / name, temporary / "selfrec"
         recbole.mkdir(parents=True)

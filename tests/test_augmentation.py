@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -360,6 +361,15 @@ def test_exports_hold_every_interaction_once(data: SequenceDataset, tmp_path: Pa
             for item in items.split()
         ]
         assert found == pairs
+
+
+@pytest.mark.parametrize("names", [("NA", "b"), ('a"', "a'"), ("a  b", "a b")])
+def test_exports_number_what_could_be_mistaken(names: tuple, data: SequenceDataset, tmp_path: Path):
+    users = [*names, *(f"u{n}" for n in range(2, data.num_users))]
+    export(replace(data, user_names=users), tmp_path / "exports", "toy")
+    table = pd.read_csv(tmp_path / "exports" / "recbole" / "toy" / "toy.inter", sep="\t")
+    sizes = table.groupby("user_id:token").size()  # pandas leaves out what it takes for missing
+    assert sizes.tolist() == np.diff(data.offsets).tolist()
 
 
 # The script ------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from model.hub import (
     SMALL_MODEL,
     BaseModel,
     check_fits,
+    content_hash,
     end_of_sequence,
     find_model,
     load_tokenizer,
@@ -53,7 +54,8 @@ class LanguageModel(NamedTuple):
         return {
             "device": self.device,
             "llm_base_model": self.base.name,
-            "llm_revision": self.base.revision,
+            # What lies in a folder can change under its name.
+            "llm_revision": self.base.revision or content_hash(self.base.folder),
             "llm_load_in_4bit": self.in_4bit,
             "tokens_per_batch": self.max_tokens,
         }
