@@ -28,8 +28,8 @@ from config import (
     split_metric,
 )
 from metrics import user_gains
-from storage import atomic_path, read_json, reading
-from trainer.folder import HANDLING, LOG, SEARCH, SEARCH_RUNS
+from storage import atomic_path, read_arrays, read_json, reading
+from trainer.folder import IMMATERIAL, LOG, SEARCH, SEARCH_RUNS
 
 PAPER = Path(__file__).parent / "experiments" / "paper.json"
 PAPER_MODELS = {"lru": "LRURec", "sas": "SASRec", "bert": "BERT4Rec", "narm": "NARM"}
@@ -37,7 +37,7 @@ RANKER = "LlamaRec"
 METRICS = ("MRR@5", "NDCG@5", "Recall@5", "MRR@10", "NDCG@10", "Recall@10", "Recall@20")
 BOOTSTRAP_SAMPLES = 10_000
 # What may differ between runs of one recipe.
-NOT_RECIPE = HANDLING | {
+NOT_RECIPE = IMMATERIAL | {
     "seed", "commit", "torch", "device", "fingerprint", "retrieved_from",
 }  # fmt: skip
 SEARCHED = {"weight_decay", "dropout", "attn_dropout"}  # what a grid search chooses
@@ -131,17 +131,20 @@ def read_run(folder: Path) -> Run | None:
     """
     with reading(folder, "run it again"):
         if (folder / "overall_metrics.json").exists():
-            with np.load(folder / "rankings.npz", allow_pickle=False) as file:
-                ranks, fused_ranks = file["label_ranks"], file["fused_label_ranks"]
-                retrieved = np.zeros(len(ranks), dtype=bool)
-                retrieved[file["users"]] = True
+            file = read_arrays(folder / "rankings.npz")
+            ranks, fused_ranks = file["label_ranks"], file["fused_label_ranks"]
+            retrieved = np.zeros(len(ranks), dtype=bool)
+            retrieved[file["users"]] = True
         elif (folder / "test_metrics.json").exists():
-            with np.load(folder / "candidates.npz", allow_pickle=False) as file:
-                ranks, fused_ranks = file["test_label_ranks"], None
-                retrieved = (file["test_items"] == file["test_labels"][:, None]).any(axis=1)
+            file = read_arrays(folder / "candidates.npz")
+            ranks, fused_ranks = file["test_label_ranks"], None
+            retrieved = (file["test_items"] == file["test_labels"][:, None]).any(axis=1)
         else:
             return None
     settings = read_json(folder / "config.json")
+    missing = [name for name in ("dataset_code", "data_fingerprint") if name not in settings]
+    if missing:
+        raise UserError(f"{folder / 'config.json'} lacks {missing[0]}: it is no run's")
     search = read_json(folder / SEARCH) if (folder / SEARCH).exists() else None
     fused = None
     if fused_ranks is not None:

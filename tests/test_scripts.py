@@ -356,12 +356,12 @@ def test_optimizer_holds_what_the_flags_say(
 def test_baselines_feed_the_ranker(code: str, toy_flags: list, tiny_llama: Path, tmp_path: Path):
     done = run_script(
         "train_retriever.py", *toy_flags, "--device", "cpu", "--model_code", code, "--max_steps",
-        40, "--train_batch_size", 16, "--experiment_root", tmp_path, "--dropout", 0.1,
-        "--max_len", 10,
+        250, "--train_batch_size", 16, "--experiment_root", tmp_path, "--dropout", 0.1,
+        "--max_len", 10, "--lr", 3e-3,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert names(tmp_path / code / "custom") == RETRIEVER_FILES
-    assert read(tmp_path / code / "custom" / "test_metrics.json")["Recall@20"] > 0.5
+    assert read(tmp_path / code / "custom" / "test_metrics.json")["Recall@10"] > 0.7  # chance: .34
     if code == "bert":
         done = run_script(
             "train_ranker.py", "--llm_retrieved_path", tmp_path / code / "custom",
@@ -411,8 +411,6 @@ def test_hard_negatives_of_the_examples_that_are_seen(toy_data: SequenceDataset,
 def test_full_memory_and_loss_that_is_no_number(
     toy_flags: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    import train_retriever
-    from config import UserError
     from trainer import retriever as retriever_training
 
     usual, calls = retriever_training.catalogue_loss, 0
@@ -427,8 +425,17 @@ def test_full_memory_and_loss_that_is_no_number(
 
     flags = [*toy_flags, "--device", "cpu", "--export_root", tmp_path, "--train_batch_size", 2]
     monkeypatch.setattr(retriever_training, "catalogue_loss", full)
-    with pytest.raises(UserError, match=r"memory is full at step 1: .*--train_batch_size"):
+    with pytest.raises(UserError, match=r"memory is full after step 0: .*--train_batch_size"):
         train_retriever.main([str(flag) for flag in flags])
+    monkeypatch.setattr(retriever_training, "catalogue_loss", usual)
+    monkeypatch.setattr(retriever_training, "retrieve", full)
+    some_steps = [*flags, "--max_steps", 3]
+    with pytest.raises(UserError, match=r"memory is full after step 3: .*--val_batch_size"):
+        train_retriever.main([str(flag) for flag in some_steps])
+    monkeypatch.undo()
+    smaller = [*some_steps, "--val_batch_size", 8, "--resume", "true"]
+    train_retriever.main([str(flag) for flag in smaller])
+    flags += ["--overwrite", "true"]
     monkeypatch.setattr(retriever_training, "catalogue_loss", broken_once)
     with pytest.raises(UserError, match=r"nan at step 3 with users u\d+, u\d+: .*--lr$"):
         train_retriever.main([str(flag) for flag in flags])

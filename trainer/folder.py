@@ -46,8 +46,15 @@ HANDLING = {
     "search_dropout",
     "search_jobs",
 }
-# These change the order in which numbers are added up, no more.
-ROUNDING = {"gradient_checkpointing", "tokens_per_batch", "lora_micro_batch_size"}
+# These change the order in which numbers are added up and, where texts are written, which random
+# numbers a user's gets, no more.
+ROUNDING = {
+    "gradient_checkpointing",
+    "tokens_per_batch",
+    "lora_micro_batch_size",
+    "val_batch_size",
+    "test_batch_size",
+}
 # What does not change a run's results, and so may differ when it is resumed.
 IMMATERIAL = HANDLING | ROUNDING
 

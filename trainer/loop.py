@@ -239,22 +239,26 @@ class Trainer:
         """
         if resume:
             self._load()
-        with tqdm(
+        bar = tqdm(
             total=self.total,
             initial=self.progress.step,
             desc="train",
             unit="step",
             disable=self.progress.done,
             dynamic_ncols=True,
-        ) as bar:
-            try:
-                self._train(bar)
-            except torch.OutOfMemoryError as error:
-                raise UserError(
-                    f"the GPU's memory is full at step {self.progress.step + 1:,}: "
-                    f"{self.settings.if_memory}"
-                ) from error
+        )
+        with bar, self._memory_suffices(self.settings.if_memory):
+            self._train(bar)
         return self.progress
+
+    @contextmanager
+    def _memory_suffices(self, remedy: str) -> Iterator[None]:
+        """Turn a full GPU into a message that says what the user can do."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            step = self.progress.step
+            raise UserError(f"the GPU's memory is full after step {step:,}: {remedy}") from error
 
     def _train(self, bar: tqdm) -> None:
         """Steps and validations until the run is done."""
@@ -262,7 +266,8 @@ class Trainer:
         while not self.progress.done:
             if self._validation_is_due():
                 self._save()  # an interruption of the validation loses nothing
-                self._validate(bar)
+                with self._memory_suffices("lower --val_batch_size and go on with --resume true"):
+                    self._validate(bar)
                 self._save()
                 continue
             with deferred_signals() as signals:

@@ -104,5 +104,6 @@ def hard_negatives(model: nn.Module, loader: DataLoader, size: int) -> np.ndarra
         scores = score_histories(model, batch, mask_history=True)
         scores.scatter_(1, batch["answers"][:, None], -torch.inf)
         best = torch.topk(scores, min(size, scores.shape[1]))
-        parts.append(torch.where(best.values > -torch.inf, best.indices, 0).int().cpu())
+        items = torch.where(best.values > -torch.inf, best.indices, 0).int().cpu()
+        parts.append(nn.functional.pad(items, (0, size - items.shape[1])))
     return torch.cat(parts).numpy()
