@@ -205,7 +205,7 @@ def tuned_model(
         config,
         lr=config.lora_lr,
         total=total_steps(settings, len(sampler)),
-        paged=language_model.device == "cuda",
+        paged=language_model.device == "cuda" and language_model.in_4bit,
     )
     loader = training_loader(training, sampler, config.num_workers)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)

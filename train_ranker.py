@@ -229,7 +229,7 @@ def train(
         config,
         lr=config.lora_lr,
         total=steps,
-        paged=language_model.device == "cuda",
+        paged=language_model.device == "cuda" and language_model.in_4bit,
     )
     train_loader = training_loader(examples, sampler, config.num_workers)
     model, optimizer, train_loader, loaders["val"], loaders["test"] = accelerator.prepare(

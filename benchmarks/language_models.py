@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from config import TOKENS_PER_BATCH, UserError
 from model.hub import SMALL_MODEL, end_of_sequence, find_model, load_tokenizer
+from storage import atomic_folder
 
 LARGE_SHAPE = "llama-2-7b"  # LlamaConfig's defaults are its shape
 NAMES = (SMALL_MODEL, LARGE_SHAPE)
@@ -73,13 +74,14 @@ def prepare(name: str, device: torch.device, cache_root: Path, tokenizer: str | 
 
 
 def _save_random_llama(folder: Path, device: torch.device) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     print(f"making random weights in {folder}", file=sys.stderr)
     torch.manual_seed(0)
     with torch.device(device):
-        model = LlamaForCausalLM(LlamaConfig(dtype="bfloat16")).to(torch.bfloat16)
-    model.save_pretrained(folder)
+        model = AutoModelForCausalLM.from_config(LlamaConfig(), dtype=torch.bfloat16)
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary)
     del model
     if device.type == "cuda":
         torch.cuda.empty_cache()

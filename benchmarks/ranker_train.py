@@ -43,7 +43,7 @@ from dataloader.ranker import TrainingPrompts, pad_left
 from datasets import SequenceDataset, load_dataset
 from datasets.base import Filters
 from model.layers import Dropout
-from model.ranker import add_lora, load_causal_lm, needs_checkpointing
+from model.ranker import add_lora, load_causal_lm, needs_checkpointing, recompute_activations
 from model.verbalizer import response_loss
 from trainer.loop import build_optimizer
 
@@ -67,17 +67,16 @@ def build(setup: Setup, device: torch.device, which: str) -> PeftModel:
     )
     if which == "published":
         causal_lm.set_attn_implementation("sdpa")
-        checkpointing = True
-    else:
-        checkpointing = needs_checkpointing(causal_lm, setup.max_tokens)
-    return add_lora(
+    model = add_lora(
         causal_lm,
         rank=8,
         alpha=32,
         dropout=0.05,
         target_modules=("q_proj", "v_proj"),
-        gradient_checkpointing=checkpointing,
     )
+    if which == "published" or needs_checkpointing(model, setup.max_tokens):
+        recompute_activations(model)
+    return model
 
 
 def steps(
@@ -105,7 +104,7 @@ def steps(
                 module.__class__ = torch.nn.Dropout
     model.train()
     optimizer = build_optimizer(
-        model, "AdamW", lr=1e-4, weight_decay=0.0, epsilon=1e-8, paged=device.type == "cuda"
+        model, "AdamW", lr=1e-4, weight_decay=0.0, epsilon=1e-8, paged=setup.in_4bit
     )
 
     def update() -> None:
@@ -207,7 +206,8 @@ def measure(
         (liger_s,), _ = in_own_process(time_steps, *what, rounds, ("liger",))
         liger_mib = in_own_process(memory_of_a_step, *what, "liger")
         liger = {"liger_s": round(liger_s, 3), "liger_mib": round(liger_mib, 1)}
-    (published_s, ours_s), tokens = time_steps(*what, rounds, ("published", "ours"))
+    both = in_own_process(time_steps, *what, rounds, ("published", "ours"))
+    (published_s, ours_s), tokens = both
     floor_s = 4 * setup.num_parameters * tokens / matmul_rate(device)
     return {
         "model": setup.name,

@@ -42,6 +42,8 @@ def load_causal_lm(
     Raises:
         UserError: the folder holds no causal LM that can be loaded.
     """
+    if device.type == "cuda":  # cuDNN's attention plans anew for every shape, and most are new
+        torch.backends.cuda.enable_cudnn_sdp(False)
     quantisation = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -95,8 +97,9 @@ def use_fused_kernels(model: PreTrainedModel) -> None:
     apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
 
-def activation_bytes_per_token(model: PreTrainedModel) -> float:
+def activation_bytes_per_token(model: PeftModel) -> float:
     """Memory that a forward pass keeps for the backward pass, measured on a short prompt."""
+    causal_lm = model.get_base_model()
     weights = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
@@ -106,11 +109,14 @@ def activation_bytes_per_token(model: PreTrainedModel) -> float:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    embeddings = model.get_input_embeddings()
-    input_ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device=embeddings.weight.device)
-    inputs = embeddings(input_ids).detach().requires_grad_()  # so that a frozen model keeps as much
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = model.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+    input_ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device=model.device)
+    model.train()  # dropout keeps a mask
+    with (
+        torch.random.fork_rng([model.device] if model.device.type == "cuda" else []),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+    ):
+        output = causal_lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    model.eval()
     total = sum(kept.values())
     del output  # until here no storage was freed, so that none was counted under another's address
     return total / PROBE_TOKENS
@@ -119,15 +125,16 @@ def activation_bytes_per_token(model: PreTrainedModel) -> float:
 def free_bytes(device: torch.device) -> int:
     """Memory that is left on a device."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     return psutil.virtual_memory().available
 
 
-def needs_checkpointing(model: PreTrainedModel, max_tokens: int) -> bool:
+def needs_checkpointing(model: PeftModel, max_tokens: int) -> bool:
     """Whether activations must be recomputed to fit in memory; says so in one line.
 
     Args:
-        model: causal LM on its device, before its adapters are added.
+        model: causal LM on its device, with adapters.
         max_tokens: most tokens that pass through it at once in training.
     """
     each = activation_bytes_per_token(model)
@@ -141,6 +148,11 @@ def needs_checkpointing(model: PreTrainedModel, max_tokens: int) -> bool:
     return needed
 
 
+def recompute_activations(model: PeftModel) -> None:
+    """Keep no activations of a layer but its input, to save memory (gradient checkpointing)."""
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+
+
 def add_lora(
     model: PreTrainedModel,
     *,
@@ -148,7 +160,6 @@ def add_lora(
     alpha: int,
     dropout: float,
     target_modules: Sequence[str],
-    gradient_checkpointing: bool,
 ) -> PeftModel:
     """Freeze the model and put trainable low-rank adapters beside its projections.
 
@@ -158,13 +169,10 @@ def add_lora(
         alpha: their scale is alpha / rank.
         dropout: on the adapters' input.
         target_modules: names of the projections.
-        gradient_checkpointing: recompute activations in the backward pass to save memory.
 
     Raises:
         UserError: these modules cannot have adapters.
     """
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     adapters = LoraConfig(
         r=rank,
         lora_alpha=alpha,

@@ -1,4 +1,4 @@
-"""Both stages on CUDA, with NF4 and paged AdamW; skipped where there is no CUDA device."""
+"""Both stages on CUDA, with NF4; skipped where there is no CUDA device."""
 
 import json
 from pathlib import Path

@@ -11,6 +11,7 @@ from peft import PeftModel
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
+from config import UserError
 from dataloader import ranker as ranker_batches
 from dataloader.candidates import Candidates
 from dataloader.prompt import PromptBuilder
@@ -22,6 +23,7 @@ from model.ranker import (
     add_lora,
     load_causal_lm,
     needs_checkpointing,
+    recompute_activations,
 )
 from model.verbalizer import candidate_scores, response_loss
 from tests.test_models import make_data
@@ -37,7 +39,6 @@ from trainer.ranker import (
 CPU = torch.device("cpu")
 LORA = {
     "rank": 8, "alpha": 32, "dropout": 0.0, "target_modules": ("q_proj", "v_proj"),
-    "gradient_checkpointing": False,
 }  # fmt: skip
 
 
@@ -325,7 +326,9 @@ def test_gradient_checkpointing_changes_no_gradient(prompts: PromptBuilder, tiny
     for checkpointing in (False, True):
         torch.manual_seed(0)
         base = load_causal_lm(tiny_llama, device=CPU, in_4bit=False)
-        model = add_lora(base, **(LORA | {"gradient_checkpointing": checkpointing})).train()
+        model = add_lora(base, **LORA).train()
+        if checkpointing:
+            recompute_activations(model)
         assert getattr(base.model, "gradient_checkpointing", False) == checkpointing
         response_loss(model, batch).backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
@@ -477,13 +480,26 @@ def test_scores_are_averaged_over_orders(prompts: PromptBuilder, tiny_llama: Pat
         np.testing.assert_allclose(averaged, expected, atol=1e-4)
     alone = score(1, 4)[1]
     assert not np.allclose(alone, scores, atol=1e-3)
+    model.get_output_embeddings().weight.data.fill_(torch.nan)
+    with pytest.raises(UserError, match="scores that are no numbers"):
+        score(1, 4)
 
 
 def test_activations_are_measured(tiny_llama: Path, capsys: pytest.CaptureFixture):
-    model = load_causal_lm(tiny_llama, device=CPU, in_4bit=False)
+    def measured(**options: object) -> float:
+        base = load_causal_lm(tiny_llama, device=CPU, in_4bit=False)
+        return activation_bytes_per_token(add_lora(base, **(LORA | options)))
+
+    model = add_lora(load_causal_lm(tiny_llama, device=CPU, in_4bit=False), **LORA)
+    state = torch.get_rng_state()
     each = activation_bytes_per_token(model)
+    assert torch.equal(torch.get_rng_state(), state) and not model.training
     # At least the inputs of the two layers' seven projections: 64 wide but for one of 128.
     assert 2 * 2 * (6 * 64 + 128) / 2 < each < 1e5
+    every = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    # What more adapters keep: a float32 copy of their input each.
+    assert measured(target_modules=every) > each + 4 * 2 * (64 * 4 + 128)
+    assert measured(dropout=0.1) > each
     assert not needs_checkpointing(model, 100)
     assert needs_checkpointing(model, 10**12)
     said = capsys.readouterr().out.splitlines()

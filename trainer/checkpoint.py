@@ -53,8 +53,9 @@ def save_checkpoint(path: Path, state: Any, fingerprint: str) -> None:
     """
     tensors: dict[str, Tensor] = {}
     skeleton = _flatten(state, "", tensors)
-    # Tied weights and buffers that share memory cannot lie in one safetensors file as they are.
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    # Tied weights and buffers that share memory cannot lie in one safetensors file as they are; a
+    # GPU may have no room for copies.
+    tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
     metadata = {"state": json.dumps(skeleton), "fingerprint": fingerprint}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)

@@ -68,10 +68,12 @@ def find_language_model(config: LanguageModelConfig) -> LanguageModel:
         UserError: there is none, it lacks what it needs, or does not suit the flags.
     """
     on_cuda = config.device != "cpu" and cuda_driver()
-    if on_cuda and config.device is None:
+    if on_cuda:
         import torch
 
         on_cuda = torch.cuda.is_available()
+        if config.device == "cuda" and not on_cuda:  # before anything large is downloaded
+            raise UserError("--device cuda: torch finds no CUDA device; use --device cpu")
     device = "cuda" if on_cuda else "cpu"
     if config.use_liger_kernel:
         check_liger(device)
@@ -115,25 +117,27 @@ def load_with_adapters(
     Raises:
         UserError: it cannot be loaded.
     """
-    from model.ranker import add_lora, load_causal_lm, needs_checkpointing
+    from model.ranker import add_lora, load_causal_lm, needs_checkpointing, recompute_activations
 
-    model = load_causal_lm(
+    causal_lm = load_causal_lm(
         language_model.base.folder,
         device=accelerator.device,
         in_4bit=language_model.in_4bit,
         fused_kernels=config.use_liger_kernel,
     )
-    checkpointing = config.gradient_checkpointing == "true"
-    if config.gradient_checkpointing == "auto":
-        checkpointing = needs_checkpointing(model, language_model.max_tokens)
-    return add_lora(
-        model,
+    model = add_lora(
+        causal_lm,
         rank=config.lora_r,
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,
         target_modules=config.lora_target_modules,
-        gradient_checkpointing=checkpointing,
     )
+    recompute = config.gradient_checkpointing == "true"
+    if config.gradient_checkpointing == "auto":
+        recompute = needs_checkpointing(model, language_model.max_tokens)
+    if recompute:
+        recompute_activations(model)
+    return model
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from config import UserError
 from dataloader.candidates import Candidates
 from metrics import ranking_metrics
 from model.verbalizer import candidate_scores
@@ -44,6 +45,12 @@ def score_users(
     # Logits may be averaged as they are: log-probabilities differ by one number a prompt.
     found, places, counts = torch.cat(users).unique(return_inverse=True, return_counts=True)
     sums = torch.zeros(len(found), len(label_ids)).index_add_(0, places, torch.cat(scores))
+    broken = int((~sums.isfinite()).any(1).sum())
+    if broken:  # sorting would pass them off as the retriever's order
+        raise UserError(
+            f"{broken:,} users have scores that are no numbers: start anew with --overwrite true "
+            "and a lower --lora_lr"
+        )
     return found.numpy(), (sums / counts[:, None]).numpy()
 
 

@@ -31,6 +31,7 @@ def make_accelerator(device: str | None, seed: int) -> Accelerator:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device; use --device cpu")
     # Never another accelerator: the recurrence is complex, which not all of them can compute.
+    torch.backends.cudnn.allow_tf32 = False  # NARM's GRU alone would round so
     accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
     set_seed(seed)
     return accelerator
