@@ -128,7 +128,7 @@ def measure(
     def our_evaluation() -> None:
         batch = evaluation.__getitems__(next(turns["ours"]))
         scores = score_histories(model, batch, mask_history=True)
-        torch.topk(scores, 20)
+        torch.topk(scores[:, 1:], 20)
         answer_ranks(scores, batch["answers"])
 
     plain_eval_s, ours_eval_s = interleaved(plain_evaluation, our_evaluation, rounds)
