@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from datasets import SequenceDataset, load_dataset
 from datasets.base import Filters
@@ -20,6 +21,8 @@ from datasets.base import Filters
 T = TypeVar("T")
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run beside each other
 

@@ -84,7 +84,7 @@ def test_titles_are_one_line():
     assert clean_title(" a\n\tb\u2003c ") == "a b c"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), max_size=60),
     st.integers(1, 4),

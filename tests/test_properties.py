@@ -35,7 +35,7 @@ from model.hub import load_tokenizer
 from tests.test_models import make_data
 from trainer.retriever import answer_ranks
 
-ANY_FOLDER = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ANY_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 names = st.text(min_size=1, max_size=8)
 lengths = st.lists(st.integers(3, 30), min_size=1, max_size=8)
 
