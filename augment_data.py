@@ -21,6 +21,7 @@ from storage import atomic_folder, atomic_path, read_json, write_json
 from trainer import folder
 from trainer.language_model import (
     LanguageModel,
+    check_examples,
     find_language_model,
     load_adapter,
     load_with_adapters,
@@ -57,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         items=config.items,
     )
     print(data.summary())
-    if not len(data.training_prefixes()[0]):
-        raise UserError(f"{data.code}: no user has two training items, so there is no prompt")
+    check_examples(data)
     retriever = check_retriever(config, data)
     earlier = earlier_stages(config)
     language_model = find_language_model(config)
@@ -205,7 +205,7 @@ def tuned_model(
         config,
         lr=config.lora_lr,
         total=total_steps(settings, len(sampler)),
-        paged=language_model.device == "cuda" and language_model.in_4bit,
+        paged=language_model.paged,
     )
     loader = training_loader(training, sampler, config.num_workers)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)

@@ -19,14 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from config import (
-    DATASET_CODES,
-    RankerConfig,
-    RetrieverConfig,
-    UserError,
-    run_main,
-    split_metric,
-)
+from config import DATASET_CODES, RankerConfig, RetrieverConfig, UserError, run_main, split_metric
 from metrics import user_gains
 from storage import atomic_path, read_arrays, read_json, reading
 from trainer.folder import IMMATERIAL, LOG, SEARCH, SEARCH_RUNS

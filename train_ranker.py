@@ -21,6 +21,7 @@ from storage import read_json, reading
 from trainer import folder
 from trainer.language_model import (
     LanguageModel,
+    check_examples,
     find_language_model,
     load_adapter,
     load_with_adapters,
@@ -84,8 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         items=config.items,
     )
     print(data.summary())
-    if not len(data.training_prefixes()[0]):
-        raise UserError(f"{data.code}: no user has two training items, so there is no prompt")
+    check_examples(data)
     candidates = load_candidates(config.retrieved_dir / FILE_NAME, data)
     if not all(len(split.retrieved) for split in candidates.values()):
         raise UserError(
@@ -229,7 +229,7 @@ def train(
         config,
         lr=config.lora_lr,
         total=steps,
-        paged=language_model.device == "cuda" and language_model.in_4bit,
+        paged=language_model.paged,
     )
     train_loader = training_loader(examples, sampler, config.num_workers)
     model, optimizer, train_loader, loaders["val"], loaders["test"] = accelerator.prepare(

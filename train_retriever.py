@@ -70,12 +70,10 @@ def title_encodings(config: RetrieverConfig, data: SequenceDataset) -> np.ndarra
     encoder = find_model(
         config.title_encoder, cache_root=config.cache_root, hub_cache=None, flag="--title_encoder"
     )
-    import torch
-
     from model.titles import cached_title_encodings
+    from trainer.run import use_cuda
 
-    on_cuda = config.device != "cpu" and torch.cuda.is_available()
-    device = "cuda" if on_cuda else "cpu"
+    device = "cuda" if use_cuda(config.device) else "cpu"
     return cached_title_encodings(encoder, data.titles, device, Path(config.cache_root))
 
 

@@ -21,15 +21,14 @@ from model.narm import NARM
 from model.transformer import TransformerRec
 
 
-def padded_rows(sequences: list[list[int]], max_len: int) -> Tensor:
-    """(B, max_len) item ids, padded with 0 on the left."""
-    cut = [sequence[-max_len:] for sequence in sequences]
-    return torch.LongTensor([[0] * (max_len - len(x)) + x for x in cut])
-
-
-def _padded_on_the_right(sequences: list[list[int]], max_len: int) -> Tensor:
-    cut = [sequence[-max_len:] for sequence in sequences]
-    return torch.LongTensor([x + [0] * (max_len - len(x)) for x in cut])
+def padded_rows(sequences: list[list[int]], max_len: int, *, left: bool = True) -> Tensor:
+    """(B, max_len) item ids, padded with 0 on the left or on the right."""
+    rows = []
+    for sequence in sequences:
+        cut = sequence[-max_len:]
+        padding = [0] * (max_len - len(cut))
+        rows.append(padding + cut if left else cut + padding)
+    return torch.LongTensor(rows)
 
 
 def training_batch(windows: list[list[int]], max_len: int) -> tuple[Tensor, Tensor]:
@@ -102,9 +101,8 @@ def _narm(model: NARM, item_ids: Tensor) -> Tensor:
     return model.bilinear(model.encoding_dropout(torch.cat([h, local], dim=-1)))
 
 
-def _last_narm(model: NARM, histories: list[list[int]], max_len: int) -> Tensor:
-    """(B, D) encodings of whole histories."""
-    item_ids = _padded_on_the_right(histories, max_len)
+def _last_narm(model: NARM, item_ids: Tensor) -> Tensor:
+    """(B, D) encodings of whole histories, (B, L) padded on the right."""
     real = item_ids > 0
     h, _ = model.gru(model.embedding(item_ids).transpose(0, 1))
     h = h.transpose(0, 1)  # (B, L, D)
@@ -145,9 +143,10 @@ def evaluate(
 ) -> tuple[Tensor, Tensor]:
     """Ranks (B,) of the answers and the 20 best items (B, 20)."""
     mask = [] if causal else [model.num_items + 1]
-    rows = padded_rows([history + mask for history in histories], max_len)
-    if isinstance(model, NARM):
-        table = _last_narm(model, histories, max_len) @ model.embedding.weight.T
+    last_only = isinstance(model, NARM)
+    rows = padded_rows([history + mask for history in histories], max_len, left=not last_only)
+    if last_only:
+        table = _last_narm(model, rows) @ model.embedding.weight.T
     else:
         table = scores(model, rows)[:, -1]
     for place in range(max_len):

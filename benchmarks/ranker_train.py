@@ -199,15 +199,15 @@ def measure(
 ) -> dict:
     """One row."""
     what = (setup, data, batch_size, device.type)
-    memory = {w: in_own_process(memory_of_a_step, *what, w) for w in ("published", "ours")}
+    recipes = ("published", "ours")
+    memory = {w: in_own_process(memory_of_a_step, *what, w) for w in recipes}
     liger = {}
     if device.type == "cuda" and find_spec("liger_kernel"):
         # It changes the rotary positions of all models, hence a process of its own.
         (liger_s,), _ = in_own_process(time_steps, *what, rounds, ("liger",))
         liger_mib = in_own_process(memory_of_a_step, *what, "liger")
         liger = {"liger_s": round(liger_s, 3), "liger_mib": round(liger_mib, 1)}
-    both = in_own_process(time_steps, *what, rounds, ("published", "ours"))
-    (published_s, ours_s), tokens = both
+    (published_s, ours_s), tokens = in_own_process(time_steps, *what, rounds, recipes)
     floor_s = 4 * setup.num_parameters * tokens / matmul_rate(device)
     return {
         "model": setup.name,

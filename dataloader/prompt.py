@@ -96,13 +96,13 @@ class PromptBuilder:
         shortened = list(titles)
         anchor = self.tokenizer.encode(_ANCHOR, add_special_tokens=False).ids
         limit = len(anchor) + max_title_len
+        least = len(_ANCHOR) + 2  # with the space and the first character
         pending = range(len(shortened))
         while pending:
             texts = [f"{_ANCHOR} {shortened[i]}" for i in pending]
             encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
             long = []
             for i, text, encoding in zip(pending, texts, encodings):
-                least = len(_ANCHOR) + 2
                 if len(encoding.ids) > limit and len(text) > least:
                     cut = max(encoding.offsets[limit][0], least)
                     shortened[i] = text[:cut][len(_ANCHOR) :].strip()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tokenizers import Tokenizer
 
 from config import TOKENS_PER_BATCH, LanguageModelConfig, UserError, cuda_driver
+from datasets import SequenceDataset
 from model.hub import (
     LARGE_MODEL,
     SMALL_MODEL,
@@ -35,6 +36,7 @@ class LanguageModel(NamedTuple):
 
     Attributes:
         base: its files.
+        revision: the hub's commit, or a hash of a folder, whose content may change under its name.
         tokenizer: its tokenizer, or the one asked for.
         eos_id: token that ends a sequence.
         device: ``cpu`` or ``cuda``.
@@ -43,19 +45,24 @@ class LanguageModel(NamedTuple):
     """
 
     base: BaseModel
+    revision: str
     tokenizer: Tokenizer
     eos_id: int
     device: str
     in_4bit: bool
     max_tokens: int
 
+    @property
+    def paged(self) -> bool:
+        """Whether its optimizer may be bitsandbytes' paged one."""
+        return self.device == "cuda" and self.in_4bit
+
     def details(self) -> dict[str, object]:
         """What shapes a run's results, for its ``config.json``."""
         return {
             "device": self.device,
             "llm_base_model": self.base.name,
-            # What lies in a folder can change under its name.
-            "llm_revision": self.base.revision or content_hash(self.base.folder),
+            "llm_revision": self.revision,
             "llm_load_in_4bit": self.in_4bit,
             "tokens_per_batch": self.max_tokens,
         }
@@ -69,11 +76,9 @@ def find_language_model(config: LanguageModelConfig) -> LanguageModel:
     """
     on_cuda = config.device != "cpu" and cuda_driver()
     if on_cuda:
-        import torch
+        from trainer.run import use_cuda
 
-        on_cuda = torch.cuda.is_available()
-        if config.device == "cuda" and not on_cuda:  # before anything large is downloaded
-            raise UserError("--device cuda: torch finds no CUDA device; use --device cpu")
+        on_cuda = use_cuda(config.device)  # refuses before anything large is downloaded
     device = "cuda" if on_cuda else "cpu"
     if config.use_liger_kernel:
         check_liger(device)
@@ -89,12 +94,23 @@ def find_language_model(config: LanguageModelConfig) -> LanguageModel:
     check_fits(base, tokenizer, config.llm_max_text_len, config.lora_target_modules)
     return LanguageModel(
         base=base,
+        revision=base.revision or content_hash(base.folder),
         tokenizer=tokenizer,
         eos_id=end_of_sequence(tokenizer_from.folder, tokenizer),
         device=device,
         in_4bit=on_cuda if config.llm_load_in_4bit is None else config.llm_load_in_4bit,
         max_tokens=config.tokens_per_batch or TOKENS_PER_BATCH[device],
     )
+
+
+def check_examples(data: SequenceDataset) -> None:
+    """Refuse data of which no training prompt can be made.
+
+    Raises:
+        UserError: nobody has a training item that follows another.
+    """
+    if not len(data.training_prefixes()[0]):
+        raise UserError(f"{data.code}: no user has two training items, so there is no prompt")
 
 
 def check_liger(device: str) -> None:

@@ -145,9 +145,9 @@ def build_optimizer(
             exempt = "bias" in parameter_name or "layer_norm" in parameter_name
             groups[0.0 if exempt else weight_decay].append(parameter)
     parameters = [{"params": p, "weight_decay": decay} for decay, p in groups.items() if p]
-    largest = max(p.numel() for parameters in groups.values() for p in parameters)
     # Smaller tensors are not paged, and it waits for the GPU at each.
-    if paged and name == "AdamW" and largest >= PAGED_ELEMENTS:
+    sizes = [p.numel() for group in parameters for p in group["params"]]
+    if paged and name == "AdamW" and max(sizes) >= PAGED_ELEMENTS:
         from bitsandbytes.optim import PagedAdamW32bit
 
         return PagedAdamW32bit(parameters, lr=lr, eps=epsilon)

@@ -22,17 +22,27 @@ from trainer.loop import RunLog, build_optimizer, build_schedule
 PROJECT = "llamarec"
 
 
+def use_cuda(device: str | None) -> bool:
+    """Whether to compute on CUDA.
+
+    Raises:
+        UserError: it is asked for and absent.
+    """
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise UserError("--device cuda: torch finds no CUDA device; use --device cpu")
+    return available and device != "cpu"
+
+
 def make_accelerator(device: str | None, seed: int) -> Accelerator:
     """An accelerator on the device asked for, with all generators seeded.
 
     Raises:
         UserError: CUDA is asked for and absent.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no CUDA device; use --device cpu")
-    # Never another accelerator: the recurrence is complex, which not all of them can compute.
     torch.backends.cudnn.allow_tf32 = False  # NARM's GRU alone would round so
-    accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
+    # Never another accelerator: the recurrence is complex, which not all of them can compute.
+    accelerator = Accelerator(cpu=not use_cuda(device))
     set_seed(seed)
     return accelerator
 
