@@ -45,6 +45,34 @@ class Rows(NamedTuple):
     filled: Tensor | None
 
 
+class TimeMajor(NamedTuple):
+    """The positions of a jagged batch step by step, in each step the longest sequences first.
+
+    Attributes:
+        order: (N,) positions on the flat axis.
+        counts: (longest,) how many of them are in each step.
+    """
+
+    order: Tensor
+    counts: Tensor
+
+
+def time_major(positions: Tensor) -> TimeMajor:
+    """The order in which a recurrence takes the positions.
+
+    Args:
+        positions: (N,) index of each position within its sequence.
+    """
+    sequence = (positions == 0).cumsum(0) - 1
+    lengths = torch.bincount(sequence)
+    rank = torch.empty_like(lengths)  # place of each sequence among them, longest first
+    rank[lengths.argsort(descending=True, stable=True)] = torch.arange(
+        len(lengths), device=positions.device
+    )
+    order = (positions * len(lengths) + rank[sequence]).argsort()
+    return TimeMajor(order, torch.bincount(positions))
+
+
 def positions_from_end(item_ids: Tensor, positions: Tensor, max_len: int) -> Tensor:
     """(N,) positions as in sequences padded to ``max_len`` on the left: the last one's is the same.
 

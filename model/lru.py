@@ -9,20 +9,19 @@ one axis of N positions, see ``dataloader/retriever.py``.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from model.layers import Dropout, FeedForward, truncated_normal_
+from model.layers import Dropout, FeedForward, time_major, truncated_normal_
 from model.losses import Output
 
 
 class LinearRecurrence(torch.autograd.Function):
     """h[t] = u[t] + lambda * h[t - 1], started anew at every position 0.
 
-    The recurrence is linear, so that the first 2k terms of every sum follow from the first k:
-    h[t] += lambda^k h[t - k] for k = 1, 2, 4, ... wherever t lies at least k into its sequence.
     The gradient is the same recurrence run backwards, which needs no intermediate result.
     """
 
@@ -31,12 +30,7 @@ class LinearRecurrence(torch.autograd.Function):
         ctx: Any, u: Tensor, eigenvalues: Tensor, positions: Tensor, longest: int
     ) -> Tensor:
         """States (N, H) for the input ``u`` (N, H); see ``linear_recurrence``."""
-        h = u.clone()
-        power, k = eigenvalues, 1
-        while k < longest:
-            reached = (positions[k:] >= k).unsqueeze(-1)
-            h[k:] += torch.where(reached, power * h[:-k], 0)
-            power, k = power * power, 2 * k
+        h = _recur(u, eigenvalues, positions, longest, backwards=False)
         ctx.save_for_backward(h, eigenvalues, positions)
         ctx.longest = longest
         return h
@@ -45,15 +39,55 @@ class LinearRecurrence(torch.autograd.Function):
     def backward(ctx: Any, grad_h: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """Gradients of input and eigenvalues."""
         h, eigenvalues, positions = ctx.saved_tensors
-        grad_u = grad_h.clone()
-        power, k = eigenvalues.conj(), 1
-        while k < ctx.longest:
-            reached = (positions[k:] >= k).unsqueeze(-1)
-            grad_u[:-k] += torch.where(reached, power * grad_u[k:], 0)
-            power, k = power * power, 2 * k
+        conjugates = eigenvalues.conj_physical()
+        grad_u = _recur(grad_h, conjugates, positions, ctx.longest, backwards=True)
         follows = (positions[1:] >= 1).unsqueeze(-1)
         grad_eigenvalues = torch.where(follows, h[:-1].conj() * grad_u[1:], 0).sum(0)
         return grad_u, grad_eigenvalues, None, None
+
+
+def _recur(
+    x: Tensor, factors: Tensor, positions: Tensor, longest: int, *, backwards: bool
+) -> Tensor:
+    """(N, H) sums x[t] + factors * x[t - 1] + factors^2 * x[t - 2] + ... within each sequence, or
+    with t + 1, t + 2, ... if backwards.
+    """
+    if x.device.type == "cpu":
+        return step_by_step(x, factors, positions, backwards=backwards)
+    return by_doubling(x, factors, positions, longest, backwards=backwards)
+
+
+def step_by_step(x: Tensor, factors: Tensor, positions: Tensor, *, backwards: bool) -> Tensor:
+    """All sequences' first positions, then their second ones, ...: the least work, and in the
+    cache of a CPU; but a GPU would wait for each step.
+    """
+    order, counts = time_major(positions)
+    sums = x[order]
+    steps = sums.split(counts.tolist())
+    if backwards:
+        for later, step in pairwise(reversed(steps)):
+            step[: len(later)].addcmul_(later, factors)
+    else:
+        for step, later in pairwise(steps):
+            later.addcmul_(step[: len(later)], factors)
+    return torch.empty_like(sums).index_copy_(0, order, sums)
+
+
+def by_doubling(
+    x: Tensor, factors: Tensor, positions: Tensor, longest: int, *, backwards: bool
+) -> Tensor:
+    """All positions at once: the sums of 2k terms follow from those of k terms as
+    sum[t] + factors^k * sum[t - k], wherever t lies at least k into its sequence.
+    """
+    sums, k = x.clone(), 1
+    while k < longest:
+        reached = (positions[k:] >= k).unsqueeze(-1)
+        if backwards:
+            sums[:-k] += torch.where(reached, factors * sums[k:], 0)
+        else:
+            sums[k:] += torch.where(reached, factors * sums[:-k], 0)
+        factors, k = factors * factors, 2 * k
+    return sums
 
 
 def linear_recurrence(u: Tensor, eigenvalues: Tensor, positions: Tensor, longest: int) -> Tensor:
@@ -104,8 +138,10 @@ class LRULayer(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, longest: int) -> Tensor:
         """(N, D) to (N, D)."""
-        u = torch.view_as_complex(self.in_proj(x).unflatten(-1, (-1, 2)))  # (N, H)
-        u = u * torch.exp(self.gamma_log)
+        # The input's scale goes into its map: the weights are far fewer than the states.
+        gamma = torch.exp(self.gamma_log).repeat_interleave(2)
+        u = nn.functional.linear(x, gamma[:, None] * self.in_proj.weight, gamma * self.in_proj.bias)
+        u = torch.view_as_complex(u.unflatten(-1, (-1, 2)))  # (N, H)
         h = linear_recurrence(u, self.eigenvalues(), positions, longest)
         y = self.out_proj(torch.view_as_real(h).flatten(-2))  # (N, D)
         return self.layer_norm(x + self.dropout(y))

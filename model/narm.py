@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from model.layers import Dropout, truncated_normal_
+from model.layers import Dropout, time_major, truncated_normal_
 from model.losses import Output
 
 # Neighbouring queries that are computed together: few where a pair of another sequence costs time.
@@ -127,14 +127,8 @@ class NARM(nn.Module):
 
     def _states(self, x: Tensor, positions: Tensor) -> Tensor:
         """(N, D) embeddings to (N, D) states of the GRU, without padding."""
-        row = (positions == 0).cumsum(0) - 1
-        lengths = torch.bincount(row)
-        rank = torch.empty_like(lengths)  # place of each row among the rows, longest first
-        rank[lengths.argsort(descending=True, stable=True)] = torch.arange(
-            len(lengths), device=row.device
-        )
-        order = (positions * len(lengths) + rank[row]).argsort()
-        packed = PackedSequence(x[order], torch.bincount(positions).cpu())
+        order, counts = time_major(positions)
+        packed = PackedSequence(x[order], counts.cpu())
         states = torch.empty_like(x)
         return states.index_copy(0, order, self.gru(packed)[0].data)
 

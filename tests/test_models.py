@@ -13,7 +13,7 @@ from dataloader.sampler import evaluation_loader
 from datasets.base import SequenceDataset
 from model import narm
 from model.layers import Dropout, SelfAttention, jagged_rows
-from model.lru import LRURec, linear_recurrence
+from model.lru import LRURec, by_doubling, linear_recurrence, step_by_step
 from model.narm import NARM, AdditiveAttention
 from model.retriever import build_retriever
 from model.transformer import TransformerRec
@@ -306,6 +306,19 @@ def test_recurrence_equals_step_by_step_loop():
     assert (found - expected).abs().max() < 1e-10
     for grad, expected_grad in zip(grads, expected_grads):
         assert (grad - expected_grad).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_recurrence_of_cpu_and_gpu_agree(backwards: bool):
+    torch.manual_seed(3)
+    lengths = [1, 5, 64, 1, 2, 33]
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    x = torch.randn(len(positions), 5, dtype=torch.complex128)
+    factors = torch.polar(0.8 + 0.19 * torch.rand(5).double(), 6 * torch.rand(5).double())
+    cpu = step_by_step(x, factors, positions, backwards=backwards)
+    gpu = by_doubling(x, factors, positions, max(lengths), backwards=backwards)
+    torch.testing.assert_close(cpu, gpu, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(cpu, x)
 
 
 def test_recurrence_gradcheck():
