@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+# Rows are as long as at most so many times the sequences in them.
+ROW_LENGTH_RATIO = 4
+
 
 class Dropout(nn.Dropout):
     """Dropout that draws 16 random bits an element on the CPU, where torch's own draws 64.
@@ -26,22 +29,20 @@ class Dropout(nn.Dropout):
 
 
 class Rows(NamedTuple):
-    """Where the positions of a jagged batch lie among B rows padded on the right.
-
-    A sequence of one item attends to itself alone and needs no row.
+    """Where sequences of similar length lie among B rows padded on the right.
 
     Attributes:
-        source: (M,) positions on the flat axis that lie in rows.
-        places: (M,) where, on the flattened (B * longest,) axis.
+        source: (M,) their positions on the flat axis.
+        places: (M,) where, on the flattened (B * length,) axis.
         num_rows: B.
-        longest: length of a row.
-        filled: (B, longest) which positions of the rows are sequence, or None if it is not needed.
+        length: length of a row.
+        filled: (B, length) which positions of the rows are sequence, or None if it is not needed.
     """
 
     source: Tensor
     places: Tensor
     num_rows: int
-    longest: int
+    length: int
     filled: Tensor | None
 
 
@@ -89,8 +90,10 @@ def positions_from_end(item_ids: Tensor, positions: Tensor, max_len: int) -> Ten
     return torch.where(item_ids == 0, 0, positions + max_len - lengths[sequence])
 
 
-def jagged_rows(positions: Tensor, longest: int, *, filled: bool) -> Rows:
-    """Lay the sequences of a jagged batch out in rows.
+def jagged_rows(positions: Tensor, longest: int, *, filled: bool) -> list[Rows]:
+    """Lay the sequences of a jagged batch out in rows, short ones apart from long ones.
+
+    A sequence of one item attends to itself alone and needs no row.
 
     Args:
         positions: (N,) index of each position within its sequence.
@@ -98,16 +101,23 @@ def jagged_rows(positions: Tensor, longest: int, *, filled: bool) -> Rows:
         filled: whether to mark the rows' filled positions.
     """
     sequence = (positions == 0).cumsum(0) - 1  # (N,)
-    has_row = torch.bincount(sequence) > 1
-    num_rows = int(has_row.sum())
-    source = has_row[sequence].nonzero()[:, 0]
-    places = (has_row.cumsum(0) - 1)[sequence[source]] * longest + positions[source]
-    mask = None
-    if filled:
-        mask = torch.zeros(num_rows * longest, dtype=torch.bool, device=positions.device)
-        mask[places] = True
-        mask = mask.view(num_rows, longest)
-    return Rows(source, places, num_rows, longest, mask)
+    lengths = torch.bincount(sequence)
+    groups, length = [], longest
+    while length > 1:
+        shorter = max(length // ROW_LENGTH_RATIO, 1)
+        chosen = (lengths > shorter) & (lengths <= length)
+        num_rows = int(chosen.sum())
+        if num_rows:
+            source = chosen[sequence].nonzero()[:, 0]
+            places = (chosen.cumsum(0) - 1)[sequence[source]] * length + positions[source]
+            mask = None
+            if filled:
+                mask = torch.zeros(num_rows * length, dtype=torch.bool, device=positions.device)
+                mask[places] = True
+                mask = mask.view(num_rows, length)
+            groups.append(Rows(source, places, num_rows, length, mask))
+        length = shorter
+    return groups
 
 
 class SelfAttention(nn.Module):
@@ -134,20 +144,21 @@ class SelfAttention(nn.Module):
         self.attn_dropout, self.dropout = Dropout(attn_dropout), Dropout(dropout)
         self.layer_norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+    def forward(self, x: Tensor, groups: list[Rows]) -> Tensor:
         """(N, D) to (N, D)."""
         qkv = self.in_proj(x)  # (N, 3 D)
         y = qkv.chunk(3, dim=-1)[2]  # (N, D) values: what a single item attends to
-        if rows.num_rows:
-            y = y.index_copy(0, rows.source, self._attend(qkv, rows))
+        if groups:
+            source = torch.cat([rows.source for rows in groups])
+            y = y.index_copy(0, source, torch.cat([self._attend(qkv, rows) for rows in groups]))
         return self.layer_norm(x + self.dropout(self.out_proj(y)))
 
     def _attend(self, qkv: Tensor, rows: Rows) -> Tensor:
         """Queries, keys and values (N, 3 D) to what the positions in rows attend to, (M, D)."""
-        padded = qkv.new_zeros(rows.num_rows * rows.longest, qkv.shape[-1])
-        padded = padded.index_copy(0, rows.places, qkv[rows.source])
-        padded = padded.view(rows.num_rows, rows.longest, 3, self.num_heads, -1)
-        query, key, value = padded.permute(2, 0, 3, 1, 4)  # (B, heads, longest, D / heads) each
+        padded = qkv.new_zeros(rows.num_rows * rows.length, qkv.shape[-1])
+        padded = padded.index_copy_(0, rows.places, qkv[rows.source])
+        padded = padded.view(rows.num_rows, rows.length, 3, self.num_heads, -1)
+        query, key, value = padded.permute(2, 0, 3, 1, 4)  # (B, heads, length, D / heads) each
         mask = None if self.causal else rows.filled[:, None, None]
         dropout = self.attn_dropout.p if self.training else 0.0
         if dropout and qkv.device.type == "cpu":
@@ -178,9 +189,9 @@ class TransformerBlock(nn.Module):
         self.attention = SelfAttention(dim, num_heads, dropout, attn_dropout, causal=causal)
         self.feed_forward = FeedForward(dim, dropout)
 
-    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+    def forward(self, x: Tensor, groups: list[Rows]) -> Tensor:
         """(N, D) to (N, D)."""
-        return self.feed_forward(self.attention(x, rows))
+        return self.feed_forward(self.attention(x, groups))
 
 
 class FeedForward(nn.Module):

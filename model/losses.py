@@ -46,12 +46,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         buffer = x.new_empty(rows, len(weight))
         products = torch.empty_like(buffer, dtype=precision) if narrow else buffer
         narrow_x, narrow_weight = x.to(products.dtype), weight.to(products.dtype)
-        spread = label_smoothing / len(weight)  # of the target's mass, on every item
+        target = 1 - label_smoothing
         loss = x.new_zeros(())
         grad_x, grad_weight = torch.empty_like(narrow_x), torch.zeros_like(weight)
         grad_bias = None if bias is None else torch.zeros_like(bias)
-        for part, grad_part, label in zip(
-            narrow_x.split(rows), grad_x.split(rows), labels[:, None].split(rows)
+        totals = x.new_empty(len(x), 1)
+        for part, grad_part, label, total in zip(
+            *(y.split(rows) for y in (narrow_x, grad_x, labels[:, None], totals))
         ):
             product = products[: len(part)]  # (rows, V + 1)
             scores = torch.mm(part, narrow_weight.T, out=product)
@@ -60,26 +61,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if bias is not None:
                 scores += bias
             highest = scores.amax(1, keepdim=True)
-            loss += (highest - (1 - label_smoothing) * scores.gather(1, label)).sum()
-            if spread:
-                loss -= spread * scores.sum()
-            weights = scores.sub_(highest).exp_()  # in place of the scores, as all that follows
-            totals = weights.sum(1, keepdim=True)
-            loss += totals.log().sum()
-            grad = weights.div_(totals)
-            if spread:
-                grad -= spread
-            target = grad.new_full((), label_smoothing - 1).expand_as(label)
-            grad.scatter_add_(1, label, target)
+            loss += (highest - target * scores.gather(1, label)).sum()
+            grad = scores.sub_(highest).exp_()  # in place of the scores, as all that follows
+            torch.sum(grad, 1, keepdim=True, out=total)
+            # The gradient of the scores is this over the totals. Dividing x instead saves a pass.
+            grad.scatter_add_(1, label, -target * total)
             if grad_bias is not None:
-                grad_bias += grad.sum(0)
+                grad_bias += grad.T @ (1 / total[:, 0])
             if narrow:
                 grad = product.copy_(grad)
-                grad_weight += grad.T @ part
+                grad_weight += grad.T @ (part / total).to(part.dtype)
             else:
-                grad_weight.addmm_(grad.T, part)
+                grad_weight.addmm_(grad.T, part / total)
             torch.mm(grad, narrow_weight, out=grad_part)
-        ctx.save_for_backward(grad_x.to(x.dtype), grad_weight, grad_bias)
+        loss += totals.log().sum()
+        grad_x = grad_x / totals
+        if label_smoothing:  # of the target's mass, the same on every item: no score is needed
+            spread = label_smoothing / len(weight)
+            x_sum, weight_sum = x.sum(0), weight.sum(0)
+            loss -= spread * (x_sum @ weight_sum)
+            grad_x -= spread * weight_sum
+            grad_weight -= spread * x_sum
+            if bias is not None:
+                loss -= spread * len(x) * bias.sum()
+                grad_bias -= spread * len(x)
+        ctx.save_for_backward(grad_x, grad_weight, grad_bias)
         return loss / len(x)
 
     @staticmethod

@@ -81,12 +81,12 @@ class TransformerRec(nn.Module):
             (K, V + 1) scores, of which column 0 belongs to the start token and is no item; or what
             else ``output`` returns.
         """
-        rows = jagged_rows(positions, longest, filled=not self.causal)
+        groups = jagged_rows(positions, longest, filled=not self.causal)
         places = positions_from_end(item_ids, positions, self.position_embedding.num_embeddings)
         x = self.embedding(item_ids) + self.position_embedding(places)
         x = self.dropout(self.layer_norm(x))
         for block in self.blocks:
-            x = block(x, rows)
+            x = block(x, groups)
         if keep is not None:
             x = x[keep]
         weight = self.embedding.weight[: self.num_items + 1]

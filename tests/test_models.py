@@ -358,12 +358,26 @@ def test_dropout_drops_the_share_and_keeps_the_mean(p: float):
     assert torch.equal(layer.eval()(x), x)
 
 
+def test_rows_hold_each_sequence_once_and_waste_little():
+    lengths = torch.tensor([1, 200, 3, 1, 12, 13, 50, 51, 2, 199, 7])
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    groups = jagged_rows(positions, 200, filled=True)
+    assert len(groups) > 2
+    held = torch.cat([rows.source for rows in groups]).sort().values
+    assert torch.equal(held, (lengths.repeat_interleave(lengths) > 1).nonzero()[:, 0])
+    for rows in groups:
+        assert torch.equal(rows.filled.flatten().nonzero()[:, 0], rows.places.sort().values)
+        assert torch.equal(rows.places % rows.length, positions[rows.source])
+        per_row = rows.filled.sum(1)
+        assert per_row.sum() == len(rows.source) and rows.length < 5 * per_row.min()
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_attention_with_dropout_is_right_on_average(causal: bool):
     torch.manual_seed(0)
     layer = SelfAttention(8, 2, 0.0, 0.25, causal=causal)
     positions = torch.cat([torch.arange(n) for n in (5, 1, 3)])
-    rows = jagged_rows(positions, 5, filled=not causal)
+    (rows,) = jagged_rows(positions, 5, filled=not causal)
     qkv = torch.randn(9, 24)
     expected = layer.eval()._attend(qkv, rows)
     layer.train()
