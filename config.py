@@ -676,6 +676,9 @@ def run_main(main: Callable[[Sequence[str] | None], None]) -> None:
     A user's mistake becomes one line on stderr and exit status 2, Ctrl-C and SIGTERM one line and
     130 or 143.
     """
+    # Jagged batches hardly ever have the same size again, for which oneDNN would keep up to 1,024
+    # kernels: gigabytes in a long run.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     signal.signal(signal.SIGTERM, _terminate)
     try:
         main(None)

@@ -12,13 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Output = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 # Scores held at once: what a cache holds on the CPU, what memory can spare on a GPU.
 CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 MIN_CHUNK_ROWS = 64
+# A product in bfloat16 on the CPU compiles a kernel for every new number of rows, which takes as
+# long as the product: rows of zeros fill up to a multiple of this.
+KERNEL_ROWS = 16
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -38,44 +41,48 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         elements = CHUNK_ELEMENTS.get(x.device.type, CHUNK_ELEMENTS["cuda"])
         narrow = precision not in (None, x.dtype)
+        padding = 0
         if narrow:
             elements *= 2  # every chunk costs a pass over the items' gradients besides
-        rows = min(max(MIN_CHUNK_ROWS, elements // len(weight)), len(x))
+            padding = -len(x) % KERNEL_ROWS
+        rows = max(MIN_CHUNK_ROWS, elements // len(weight) // KERNEL_ROWS * KERNEL_ROWS)
+        rows = min(rows, len(x) + padding)
         # For all chunks, as fresh memory is slow to touch. What is multiplied may be narrower than
         # the softmax, which then has a buffer of its own.
         buffer = x.new_empty(rows, len(weight))
         products = torch.empty_like(buffer, dtype=precision) if narrow else buffer
-        narrow_x, narrow_weight = x.to(products.dtype), weight.to(products.dtype)
+        narrow_x = nn.functional.pad(x.to(products.dtype), (0, 0, 0, padding))
+        narrow_weight = weight.to(products.dtype)
         target = 1 - label_smoothing
         loss = x.new_zeros(())
         grad_x, grad_weight = torch.empty_like(narrow_x), torch.zeros_like(weight)
         grad_bias = None if bias is None else torch.zeros_like(bias)
-        totals = x.new_empty(len(x), 1)
-        for part, grad_part, label, total in zip(
-            *(y.split(rows) for y in (narrow_x, grad_x, labels[:, None], totals))
+        totals = x.new_ones(len(narrow_x), 1)
+        for part, grad_part, all_totals, label in zip(
+            *(y.split(rows) for y in (narrow_x, grad_x, totals, labels[:, None]))
         ):
             product = products[: len(part)]  # (rows, V + 1)
-            scores = torch.mm(part, narrow_weight.T, out=product)
+            scores = torch.mm(part, narrow_weight.T, out=product)[: len(label)]
             if narrow:
-                scores = buffer[: len(part)].copy_(product)
+                scores = buffer[: len(label)].copy_(scores)
             if bias is not None:
                 scores += bias
             highest = scores.amax(1, keepdim=True)
             loss += (highest - target * scores.gather(1, label)).sum()
             grad = scores.sub_(highest).exp_()  # in place of the scores, as all that follows
-            torch.sum(grad, 1, keepdim=True, out=total)
+            total = torch.sum(grad, 1, keepdim=True, out=all_totals[: len(label)])
             # The gradient of the scores is this over the totals. Dividing x instead saves a pass.
             grad.scatter_add_(1, label, -target * total)
             if grad_bias is not None:
                 grad_bias += grad.T @ (1 / total[:, 0])
             if narrow:
-                grad = product.copy_(grad)
-                grad_weight += grad.T @ (part / total).to(part.dtype)
+                product[: len(label)] = grad
+                grad_weight += product.T @ (part / all_totals).to(part.dtype)
             else:
-                grad_weight.addmm_(grad.T, part / total)
-            torch.mm(grad, narrow_weight, out=grad_part)
+                grad_weight.addmm_(product.T, part / total)
+            torch.mm(product, narrow_weight, out=grad_part)
         loss += totals.log().sum()
-        grad_x = grad_x / totals
+        grad_x = (grad_x / totals)[: len(x)]
         if label_smoothing:  # of the target's mass, the same on every item: no score is needed
             spread = label_smoothing / len(weight)
             x_sum, weight_sum = x.sum(0), weight.sum(0)
