@@ -476,11 +476,15 @@ _TUNED = {
     "mask_history": "always",
     "best_metric": "NDCG@10",
 }
-_TUNED_BY_DATASET = {"beauty": {"max_steps": 5000}, "ml-100k": _dropouts(0.6)}
+_TUNED_BY_DATASET = {"beauty": {"max_steps": 5000}}
 _TUNED_BY_MODEL = {
     "bert": {"max_steps": 6000} | _dropouts(0.1),  # a step learns from the masked items alone
     "narm": _dropouts(0.1),
     "sas": _dropouts(0.3),
+}
+_TUNED_BY_BOTH = {
+    ("ml-100k", "lru"): {"title_encoder": "none"} | _dropouts(0.6),
+    ("ml-100k", "narm"): _dropouts(0.4),
 }
 
 
@@ -494,6 +498,7 @@ def retriever_preset(given: Mapping[str, Any]) -> dict[str, Any]:
     settings = _PAPER_BY_DATASET.get(dataset, {}) | _PAPER_BY_MODEL.get(model, {})
     if given.get("preset") == "tuned":
         settings |= _TUNED | _TUNED_BY_DATASET.get(dataset, {}) | _TUNED_BY_MODEL.get(model, {})
+        settings |= _TUNED_BY_BOTH.get((dataset, model), {})
     return settings
 
 

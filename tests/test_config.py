@@ -56,12 +56,14 @@ def test_presets_of_the_models():
     assert (tuned.max_steps, tuned.dropout, tuned.attn_dropout) == (5000, 0.3, 0.3)
 
 
-def test_dropouts_of_the_tuned_preset():
+def test_tuned_presets_of_data_sets_and_models():
     flags = ["--preset", "tuned", "--dataset_code"]
-    assert retriever(*flags, "games").dropout == 0.5
-    for model, dropout in (("lru", 0.6), ("sas", 0.3), ("bert", 0.1), ("narm", 0.1)):
-        config = retriever(*flags, "ml-100k", "--model_code", model)
-        assert (config.dropout, config.attn_dropout) == (dropout, dropout)
+    for dataset, dropouts in (("games", (0.5, 0.3, 0.1, 0.1)), ("ml-100k", (0.6, 0.3, 0.1, 0.4))):
+        for model, dropout in zip(("lru", "sas", "bert", "narm"), dropouts):
+            config = retriever(*flags, dataset, "--model_code", model)
+            assert (config.dropout, config.attn_dropout) == (dropout, dropout)
+            titles = (dataset, model) != ("ml-100k", "lru")
+            assert config.title_encoder == ("minilm-l6" if titles else "none")
 
 
 def test_tuned_preset_keeps_the_data_sets_sizes():
