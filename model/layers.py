@@ -46,6 +46,12 @@ class Rows(NamedTuple):
     filled: Tensor | None
 
 
+def _sequences(positions: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) number of the sequence that each position lies in, and (S,) the sequences' lengths."""
+    sequence = (positions == 0).cumsum(0) - 1
+    return sequence, torch.bincount(sequence)
+
+
 class TimeMajor(NamedTuple):
     """The positions of a jagged batch step by step, in each step the longest sequences first.
 
@@ -64,8 +70,7 @@ def time_major(positions: Tensor) -> TimeMajor:
     Args:
         positions: (N,) index of each position within its sequence.
     """
-    sequence = (positions == 0).cumsum(0) - 1
-    lengths = torch.bincount(sequence)
+    sequence, lengths = _sequences(positions)
     rank = torch.empty_like(lengths)  # place of each sequence among them, longest first
     rank[lengths.argsort(descending=True, stable=True)] = torch.arange(
         len(lengths), device=positions.device
@@ -85,8 +90,7 @@ def positions_from_end(item_ids: Tensor, positions: Tensor, max_len: int) -> Ten
         positions: (N,) index of each position within its sequence.
         max_len: longest sequence.
     """
-    sequence = (positions == 0).cumsum(0) - 1
-    lengths = torch.bincount(sequence)
+    sequence, lengths = _sequences(positions)
     return torch.where(item_ids == 0, 0, positions + max_len - lengths[sequence])
 
 
@@ -100,8 +104,7 @@ def jagged_rows(positions: Tensor, longest: int, *, filled: bool) -> list[Rows]:
         longest: length of the longest sequence.
         filled: whether to mark the rows' filled positions.
     """
-    sequence = (positions == 0).cumsum(0) - 1  # (N,)
-    lengths = torch.bincount(sequence)
+    sequence, lengths = _sequences(positions)
     groups, length = [], longest
     while length > 1:
         shorter = max(length // ROW_LENGTH_RATIO, 1)
