@@ -31,7 +31,7 @@ METRICS = ("MRR@5", "NDCG@5", "Recall@5", "MRR@10", "NDCG@10", "Recall@10", "Rec
 BOOTSTRAP_SAMPLES = 10_000
 # What may differ between runs of one recipe.
 NOT_RECIPE = IMMATERIAL | {
-    "seed", "commit", "torch", "device", "fingerprint", "retrieved_from",
+    "seed", "commit", "torch", "device", "fingerprint", "total_steps", "retrieved_from",
 }  # fmt: skip
 SEARCHED = {"weight_decay", "dropout", "attn_dropout"}  # what a grid search chooses
 

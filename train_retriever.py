@@ -185,12 +185,9 @@ def train(
         label_smoothing=config.label_smoothing,
         precision=getattr(torch, config.loss_precision),
     )
+    total = total_steps(settings, len(sampler))
     optimizer, scheduler = run.build_optimization(
-        model,
-        config,
-        lr=config.lr,
-        total=total_steps(settings, len(sampler)),
-        paged=False,
+        model, config, lr=config.lr, total=total, paged=False
     )
     train_loader = training_loader(windows, sampler, config.num_workers)
     loaders = {
@@ -207,6 +204,7 @@ def train(
         "num_users": data.num_users,
         "num_items": data.num_items,
         "num_interactions": len(data.item_ids),
+        "total_steps": total,
         "data_fingerprint": data.fingerprint,
         "fingerprint": fingerprint,
     }

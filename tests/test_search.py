@@ -19,11 +19,16 @@ GRID = [
 ]  # fmt: skip
 
 
-def words(command_line: Path) -> str:
-    try:
-        return command_line.read_bytes().decode(errors="replace")
-    except OSError:  # the process has ended
-        return ""
+def runs_in(folder: Path) -> list[Path]:
+    """Processes with the folder on their command line."""
+
+    def words(command_line: Path) -> str:
+        try:
+            return command_line.read_bytes().decode(errors="replace")
+        except OSError:  # the process has ended
+            return ""
+
+    return [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(folder) in words(path)]
 
 
 def test_killed_search_ends_as_an_undisturbed_one(toy_flags: list, tmp_path: Path):
@@ -60,8 +65,10 @@ def test_killed_search_ends_as_an_undisturbed_one(toy_flags: list, tmp_path: Pat
     assert not (broken / "search.json").exists() and len(ended) < 4
     finished = {path: path.stat().st_mtime_ns for path in ended}
     if sys.platform == "linux":  # the search's runs ended with it
-        time.sleep(1)
-        assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(broken) in words(p)]
+        deadline = time.monotonic() + 60
+        while runs_in(broken):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
 
     done = run_script("train_retriever.py", *toy_flags, *GRID, "--export_root", broken)
     assert done.returncode == 0, done.stderr
@@ -78,6 +85,27 @@ def test_a_failing_run_ends_the_search_with_its_reason(toy_flags: list, tmp_path
     # Two begin together, and either can be the first to fail.
     assert "weight_decay_0_dropout_0." in message and "the loss is nan" in message
     assert not (tmp_path / "run" / "search.json").exists()
+
+
+def test_a_run_under_way_counts_by_its_steps(tmp_path: Path, capsys: pytest.CaptureFixture):
+    points = search.grid(tmp_path, [0.0], [0.1, 0.2])
+    halfway = """
+import json, pathlib, sys, time
+folder = pathlib.Path(sys.argv[1])
+folder.mkdir()
+(folder / "config.json").write_text('{"total_steps": 1000}')
+(folder / "log.jsonl").write_text('{"step": 250}\\n{"step": 500}\\n')
+time.sleep(1)
+(folder / "val_metrics.json").write_text('{"Recall@10": 0.5}')
+"""
+
+    def command(point: search.Point) -> list[str]:
+        return [sys.executable, "-c", halfway, str(point.folder)]
+
+    search.run_points(points, command, jobs=1, num_gpus=0)
+    shown = capsys.readouterr().err
+    assert "| 0.5/2 [" in shown and "at step 500" in shown  # time left is known before a run ends
+    assert "| 1.5/2 [" in shown and "| 2/2 [" in shown
 
 
 def test_runs_keep_to_the_gpus_they_are_given(monkeypatch: pytest.MonkeyPatch):

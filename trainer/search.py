@@ -100,10 +100,9 @@ def run_points(
         UserError: a run failed; the others are stopped and can be resumed.
     """
     waiting, running = list(points), []
-    # Runs that are finished end at once, and would have the bar promise the same of the others.
-    finished = {point.name for point in points if (point.folder / VALIDATION).exists()}
+    # What earlier searches have done is not in the rate, or it would promise too much.
     bar = tqdm(
-        total=len(points), initial=len(finished), desc="search", unit="run", dynamic_ncols=True
+        total=len(points), initial=_done(points), desc="search", unit="run", dynamic_ncols=True
     )
     try:
         while waiting or running:
@@ -124,10 +123,12 @@ def run_points(
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
                 _check(job)
-                bar.update(job.point.name not in finished)
                 best = read_json(job.point.folder / VALIDATION)
                 bar.write(f"{job.point.name}: validation {_brief(best)}")
-            bar.set_postfix_str(", ".join(f"{j.point.name} at step {_step(j)}" for j in running))
+            bar.n = _done(points)
+            bar.set_postfix_str(
+                ", ".join(f"{j.point.name} at step {_steps(j.point)[0]:,}" for j in running)
+            )
     finally:
         bar.close()
         for job in running:
@@ -148,12 +149,23 @@ def _check(job: _Job) -> None:
         )
 
 
-def _step(job: _Job) -> str:
+def _steps(point: Point) -> tuple[int, int]:
+    """Steps of its run at the last validation, and how many they may become."""
     try:
-        last = (job.point.folder / LOG).read_text().splitlines()[-1]
-        return f"{json.loads(last)['step']:,}"
-    except (OSError, IndexError, ValueError):
-        return "0"
+        last = (point.folder / LOG).read_text().splitlines()[-1]
+        total = json.loads((point.folder / "config.json").read_text())["total_steps"]
+        return json.loads(last)["step"], total
+    except (OSError, IndexError, ValueError, KeyError):
+        return 0, 1
+
+
+def _done(points: Sequence[Point]) -> float:
+    """Runs that are done, each of the others by the share of its steps."""
+    shares = []
+    for point in points:
+        step, total = _steps(point)
+        shares.append(1 if (point.folder / VALIDATION).exists() else step / total)
+    return round(sum(shares), 2)
 
 
 def _brief(metrics: dict[str, float]) -> str:
