@@ -2,14 +2,14 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-# The default run: real data and a pretrained model that come from the package index, short enough
-# for two cores. Its ranker sees 224 prompts.
-RETRIEVER_FLAGS := --dataset_code ml-100k-classic --device cpu --max_steps 3000 --overwrite true
+# The default run: real data and a pretrained model from the package index, short enough for two
+# cores. Its ranker sees 224 prompts.
+RETRIEVER_FLAGS := --dataset_code ml-100k-classic --device cpu --max_steps 3000 --overwrite
 RANKER_FLAGS := --llm_retrieved_path experiments/lru/ml-100k-classic --device cpu \
 	--llm_base_model smollm2-135m --llm_max_history 10 --train_batch_size 8 --max_steps 28 \
-	--warmup_steps 4 --overwrite true
+	--warmup_steps 4 --overwrite
 
-.PHONY: run test faults lint format clean
+.PHONY: run test coverage faults lint format clean
 
 run: $(VENV)/.installed
 	$(PY) train_retriever.py $(RETRIEVER_FLAGS)
@@ -18,13 +18,18 @@ run: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest -n logical
 
-# More than a hundred kills, and a failure of every call that writes: takes long.
+# Lines that the tests run, in their own process and in those they start.
+coverage: $(VENV)/.installed-dev
+	$(PY) -m pytest -n logical --cov --cov-report term
+
+# More than a hundred kills, and a failure of every call that writes. This takes long.
 faults: $(VENV)/.installed-dev
 	$(PY) -m pytest -n logical -m "slow or not slow" tests/faults
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 format: $(VENV)/.installed-dev
 	$(PY) -m ruff check --fix .

@@ -1,12 +1,13 @@
-"""Recall, MRR and NDCG for one relevant item a user, from the rank of that item."""
+"""Recall, MRR and NDCG with one relevant item per user, computed from the rank of that item."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-# What a hit at a rank is worth. The ideal ranking's gain is 1, so NDCG needs no division.
+# Gain of a hit at each rank. The ideal ranking has gain 1, so NDCG needs no normalization.
 METRIC_GAINS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "Recall": np.ones_like,
     "MRR": lambda ranks: 1 / ranks,
@@ -14,23 +15,38 @@ METRIC_GAINS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
+def split_metric(metric: str) -> tuple[str, int]:
+    """Split ``NDCG@10`` into ``NDCG`` and 10.
+
+    Raises:
+        ValueError: the metric is unknown or has no cut-off.
+    """
+    name, _, k = metric.partition("@")
+    if name not in METRIC_GAINS or not re.fullmatch("[1-9][0-9]*", k):
+        raise ValueError("use Recall, MRR or NDCG with a cut-off, e.g. Recall@10")
+    return name, int(k)
+
+
 def user_gains(ranks: np.ndarray, name: str, k: int) -> np.ndarray:
-    """(users,) each user's Recall, MRR or NDCG at ``k``: 0 if the answer's rank is beyond it.
+    """Compute Recall, MRR or NDCG at ``k`` for each user: 0 if the target's rank exceeds ``k``.
 
     Args:
-        ranks: (users,) 1-based rank of the answer among all items.
+        ranks: (users,) 1-based rank of the target among all items.
         name: ``Recall``, ``MRR`` or ``NDCG``.
         k: cut-off.
+
+    Returns:
+        (users,) float64.
     """
     ranks = np.asarray(ranks, dtype=np.float64)
     return np.where(ranks <= k, METRIC_GAINS[name](ranks), 0.0)
 
 
 def ranking_metrics(ranks: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
-    """Means over users of Recall@k, MRR@k and NDCG@k.
+    """Average Recall@k, MRR@k and NDCG@k over users.
 
     Args:
-        ranks: (users,) 1-based rank of the answer among all items.
+        ranks: (users,) 1-based rank of the target among all items.
         ks: cut-offs.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: atomic writes, guarded reads, exact JSON."""
+"""Files that are either complete or absent: atomic writes, guarded reads, lossless JSON."""
 
 from __future__ import annotations
 
@@ -14,114 +14,120 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 
-from config import UserError
+from errors import InputError, UserError
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
-# What a compressed file may unpack to, far above what the project reads: a small file that unpacks
-# without end would fill the disk or the memory.
-MAX_UNPACKED = 4 << 30
+# Upper bound on the size of a decompressed file, far above anything the project reads. It protects
+# against small files that would decompress until the disk or memory is full.
+MAX_UNPACKED_BYTES = 4 << 30
 
 
-def reason(error: BaseException) -> str:
-    """What an error says, in one line of at most 200 characters."""
+def describe(error: BaseException) -> str:
+    """The message of an exception, on one line of at most 200 characters."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if isinstance(error, KeyError) and error.args:  # str gives the key in quotes
+        key = str(error.args[0])
+        text = key if " " in key else f"no '{key}'"
     return " ".join(str(text).split())[:200]
 
 
 @contextmanager
-def reading(path: Path, remedy: str) -> Iterator[None]:
-    """Turn whatever goes wrong while a file is read into one message that names it.
+def reading(path: Path) -> Iterator[None]:
+    """Turn any failure to read a file into one message that names the file.
 
-    No parser says what all it may raise at damaged bytes, so nothing is excepted.
+    Parsers do not document every exception that damaged input can raise, so all are caught.
 
     Args:
-        path: the file.
-        remedy: what the user can do.
+        path: the file that the block reads.
 
     Raises:
-        UserError: the block failed.
+        InputError: the block failed.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{path} is damaged ({reason(error)}): {remedy}") from error
+        raise InputError(f"{path} is damaged ({describe(error)})") from error
 
 
-def check_unpacked(path: Path, size: int) -> None:
-    """Refuse to unpack more than ``MAX_UNPACKED`` bytes.
+def check_unpacked_size(path: Path, size: int) -> None:
+    """Refuse to decompress a file beyond ``MAX_UNPACKED_BYTES``.
 
     Raises:
-        UserError: ``size`` is more.
+        UserError: ``size`` is larger.
     """
-    if size > MAX_UNPACKED:
+    if size > MAX_UNPACKED_BYTES:
         raise UserError(
-            f"{path} unpacks to more than {MAX_UNPACKED / 2**30:g} GiB, which is refused: "
-            "delete it or name another"
+            f"{path} unpacks to more than {MAX_UNPACKED_BYTES / 2**30:g} GiB, which is refused: "
+            "delete it or use another file"
         )
 
 
 @contextmanager
-def made_folder(path: Path) -> Iterator[None]:
-    """Make a folder for the block; it and its new parents go again if they stay empty."""
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+def temporary_unless_used(path: Path) -> Iterator[None]:
+    """Create a folder for the block; it and any parents created with it are removed if empty."""
+    created = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
         yield
     finally:
         with suppress(OSError):
-            for folder in made:
+            for folder in created:
                 folder.rmdir()
+
+
+def _temporary_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that takes its place once the block succeeds.
+    """Yield a temporary path beside ``path`` and rename it to ``path`` if the block succeeds.
 
     Raises:
-        UserError: the folder or the disk does not let the file be written.
+        UserError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary_path(path)
     try:
-        with made_folder(path.parent):
+        with temporary_unless_used(path.parent):
             try:
                 yield temporary
                 with open(temporary, "rb+") as file:
                     os.fsync(file.fileno())
-                os.chmod(temporary, 0o666 & ~_UMASK)  # some writers make files private
+                os.chmod(temporary, 0o666 & ~_UMASK)  # some libraries create private files
                 os.replace(temporary, path)
             finally:
                 with suppress(OSError):
                     temporary.unlink()
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {path}: {reason(error)}") from error
+        raise UserError(f"cannot write {path}: {describe(error)}") from error
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that takes the place of ``path`` once the block succeeds.
+    """Yield a temporary folder that replaces ``path`` if the block succeeds.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary_path(path)
     try:
         temporary.mkdir(parents=True)
         yield temporary
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {path}: {reason(error)}") from error
+        raise UserError(f"cannot write {path}: {describe(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Take away what a killed process was writing; nobody else may be writing there.
+def remove_temporary_files(folder: Path) -> None:
+    """Remove what a killed process left half written; no other process may be writing there.
 
-    safetensors writes by way of temporary files of its own, ``.tmp`` and six letters.
+    safetensors names its own temporary files ``.tmp`` and six letters.
     """
     for path in (*folder.glob(".*.tmp"), *folder.glob(".tmp??????")):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -137,20 +143,26 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object.
 
     Raises:
-        UserError: the file is missing or holds no such thing.
+        UserError: the file is missing or holds something else.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {reason(error)}") from error
+        raise UserError(f"cannot read {path}: {describe(error)}") from error
     if not isinstance(value, dict):
         raise UserError(f"cannot read {path}: it holds no JSON object")
     return value
 
 
+def write_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Write an uncompressed ``.npz`` file, complete or not at all."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Read all arrays of an ``.npz`` file without pickle, for use within ``reading``."""
+    """Read all arrays of an ``.npz`` file without pickle; use it within ``reading``."""
     with zipfile.ZipFile(path) as zipped:
-        check_unpacked(path, sum(member.file_size for member in zipped.infolist()))
+        check_unpacked_size(path, sum(member.file_size for member in zipped.infolist()))
     with np.load(path, allow_pickle=False) as file:
         return {name: np.asarray(file[name]) for name in file.files}

@@ -1,5 +1,6 @@
-"""LLM4IDRec: interactions that a language model writes, to train unchanged recommenders on.
+"""LLM4IDRec: data augmentation for ID-based recommenders with a language model.
 
-L. Chen et al., Enhancing ID-based Recommendation with Large Language Models, 2024
-(https://arxiv.org/abs/2411.02041).
+A language model tuned on sequences of item numbers generates further interactions for each user.
+They join the training data of unchanged recommenders (L. Chen et al., "Enhancing ID-based
+Recommendation with Large Language Models", 2024, https://arxiv.org/abs/2411.02041).
 """

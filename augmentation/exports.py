@@ -1,4 +1,4 @@
-"""Merged data for other libraries: RecBole's atomic files and SELFRec's text files."""
+"""Data sets in the formats of other libraries: RecBole's atomic files and SELFRec's text files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from datasets import SequenceDataset
 from storage import atomic_folder
 
-# What pandas, with which RecBole reads, takes for a missing value.
+# Fields that pandas, which RecBole uses, reads as missing values.
 MISSING = {
     "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN",
     "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null",
@@ -18,23 +18,23 @@ MISSING = {
 
 
 def _sequences(data: SequenceDataset) -> Iterator[tuple[int, np.ndarray]]:
-    """Each user with all items in their order; the last two are held out."""
+    """Users and all their items (l,) in chronological order, the two held-out ones last."""
     for user in range(data.num_users):
         yield user, data.item_ids[data.offsets[user] : data.offsets[user + 1]]
 
 
-def _write(path: Path, lines: Iterable[str]) -> None:
+def _write_lines(path: Path, lines: Iterable[str]) -> None:
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         file.writelines(f"{line}\n" for line in lines)
 
 
 def _field(text: str) -> str:
-    """A text as a field of a tab-separated file, without the marks that would quote it."""
+    """Text as a field of a tab-separated file, without double quotes, which would quote it."""
     return " ".join(text.replace('"', "'").split())
 
 
 def _identifiers(names: Sequence[str]) -> list[str]:
-    """Names as fields, or numbers if a reader would take two of them for one or one for none."""
+    """Names as fields, or numbers from 1 if fields coincide or would be read as missing."""
     fields = [_field(name) for name in names]
     if len(set(fields)) == len(fields) and MISSING.isdisjoint(fields):
         return fields
@@ -42,41 +42,49 @@ def _identifiers(names: Sequence[str]) -> list[str]:
 
 
 def export(data: SequenceDataset, folder: Path, name: str) -> None:
-    """Write a data set's files for other libraries, all or none.
+    """Write the files of a data set for other libraries, replacing ``folder``.
 
-    - ``recbole/<name>/<name>.inter`` and ``.item``: users and items by their own identifiers, or by
-      their numbers from 1 where identifiers could be mistaken; the timestamp is the place in the
-      user's sequence, so that RecBole's leave-one-out gives our split.
-    - ``selfrec/train.txt`` and ``test.txt``, a line ``user item 1`` an interaction, and
-      ``sequences_train.txt`` and ``sequences_test.txt``, a line ``user:item item ...`` a user: by
-      their numbers. Training is the training part, the test the last item.
+    - ``recbole/<name>/<name>.inter`` and ``.item``, with the data set's own user and item names,
+      or numbers from 1 where names are ambiguous. The timestamp is the position in the user's
+      sequence, so that RecBole's leave-one-out reproduces our split.
+    - ``selfrec/train.txt`` and ``test.txt``, one interaction ``user item 1`` per line, and
+      ``sequences_train.txt`` and ``sequences_test.txt``, one user ``user:item item ...`` per line,
+      with user indices from 0 and item ids from 1. The test part is the last item; the validation
+      item is in neither.
 
     Args:
-        data: the data set, with written interactions merged in.
-        folder: takes the place of what is there.
-        name: the data set's name.
+        data: the data set, with generated interactions merged in.
+        folder: the folder to write.
+        name: name of the data set.
+
+    Raises:
+        UserError: the folder cannot be written.
     """
+    with atomic_folder(folder) as temporary:
+        _write_recbole(data, temporary / "recbole" / name, name)
+        _write_selfrec(data, temporary / "selfrec")
+
+
+def _write_recbole(data: SequenceDataset, folder: Path, name: str) -> None:
+    folder.mkdir(parents=True)
     users = _identifiers(data.user_names)
     items = ["", *_identifiers(data.item_names[1:])]
-    with atomic_folder(folder) as temporary:
-        recbole, selfrec = temporary / "recbole" / name, temporary / "selfrec"
-        recbole.mkdir(parents=True)
-        selfrec.mkdir()
-        rows = (
-            f"{users[user]}\t{items[item]}\t{place}"
-            for user, sequence in _sequences(data)
-            for place, item in enumerate(sequence)
-        )
-        _write(recbole / f"{name}.inter", ["user_id:token\titem_id:token\ttimestamp:float", *rows])
-        titles = (f"{item}\t{_field(title)}" for item, title in zip(items[1:], data.titles[1:]))
-        _write(recbole / f"{name}.item", ["item_id:token\ttitle:token_seq", *titles])
-        for split, part in (("train", slice(None, -2)), ("test", slice(-1, None))):
-            pairs = [(user, sequence[part]) for user, sequence in _sequences(data)]
-            _write(
-                selfrec / f"{split}.txt",
-                (f"{user} {item} 1" for user, chosen in pairs for item in chosen),
-            )
-            _write(
-                selfrec / f"sequences_{split}.txt",
-                (f"{user}:{' '.join(map(str, chosen))}" for user, chosen in pairs),
-            )
+    interactions = (
+        f"{users[user]}\t{items[item]}\t{position}"
+        for user, sequence in _sequences(data)
+        for position, item in enumerate(sequence)
+    )
+    header = "user_id:token\titem_id:token\ttimestamp:float"
+    _write_lines(folder / f"{name}.inter", [header, *interactions])
+    titles = (f"{item}\t{_field(title)}" for item, title in zip(items[1:], data.titles[1:]))
+    _write_lines(folder / f"{name}.item", ["item_id:token\ttitle:token_seq", *titles])
+
+
+def _write_selfrec(data: SequenceDataset, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for split, part in (("train", slice(None, -2)), ("test", slice(-1, None))):
+        parts = [(user, sequence[part]) for user, sequence in _sequences(data)]
+        pairs = (f"{user} {item} 1" for user, items in parts for item in items)
+        _write_lines(folder / f"{split}.txt", pairs)
+        sequences = (f"{user}:{' '.join(map(str, items))}" for user, items in parts)
+        _write_lines(folder / f"sequences_{split}.txt", sequences)

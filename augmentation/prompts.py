@@ -1,14 +1,15 @@
-"""Prompts made of numbers alone, and the training examples whose answers are a user's own items.
+"""Prompts made of user and item numbers, and the examples to tune the language model on.
 
     User 17 clicked: 12 55 98 ; recommend to user 17: 77 3
 
-Users and items go by their numbers, from 1. As in ``dataloader.prompt``, each item is tokenised
-once; the pieces meet only where a space follows another character.
+Users and items are numbered from 1. The response lists further items of the user. As in
+``dataloader.prompt``, each item is tokenized only once; prompts are concatenated from token ids,
+and pieces meet only where a space follows another character.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -16,23 +17,28 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from dataloader.prompt import encode_pieces
-from dataloader.ranker import Batch, pad_left, training_batches
+from dataloader.prompt_batches import Batch, pad_left, training_batches
 from datasets import SequenceDataset
 
-_BEGIN = "User {user} clicked:"
-_ASK = " ; recommend to user {user}:"
+_HISTORY = "User {user} clicked:"
+_REQUEST = " ; recommend to user {user}:"
 
 
 class IdPrompts:
-    """Builds prompts and answers from users' and items' numbers.
+    """Builds prompts and responses from user and item numbers.
 
     Args:
-        tokenizer: the LM's tokenizer.
+        tokenizer: the language model's tokenizer.
         num_users: number of users.
-        num_items: items in the catalogue, numbered from 1.
-        eos_id: token that ends an answer.
-        max_text_len: longest prompt with its answer in tokens; the oldest history goes first.
-        max_answer_len: longest answer in tokens, its end included; its last items go first.
+        num_items: number of items in the catalogue.
+        eos_id: end-of-sequence token, which ends a response.
+        max_text_len: maximum tokens of a prompt and its response; the oldest items of the history
+            are left out.
+        max_response_len: maximum tokens of a response, including its end; its last items are left
+            out.
+
+    Attributes:
+        items: token ids (length,) by item; ``items[0]`` stands for padding and has none.
     """
 
     def __init__(
@@ -43,71 +49,75 @@ class IdPrompts:
         num_items: int,
         eos_id: int,
         max_text_len: int,
-        max_answer_len: int,
+        max_response_len: int,
     ) -> None:
         self.tokenizer, self.eos_id = tokenizer, eos_id
-        self.max_text_len, self.max_answer_len = max_text_len, max_answer_len
+        self.max_text_len, self.max_response_len = max_text_len, max_response_len
         users = range(1, num_users + 1)
-        begins = tokenizer.encode_batch([_BEGIN.format(user=user) for user in users])
-        self._begins = [np.array(begin.ids, dtype=np.int64) for begin in begins]
-        self._asks = encode_pieces(tokenizer, [_ASK.format(user=user) for user in users])
+        encodings = tokenizer.encode_batch([_HISTORY.format(user=user) for user in users])
+        self._heads = [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+        self._requests = encode_pieces(tokenizer, [_REQUEST.format(user=user) for user in users])
         self.items = encode_pieces(tokenizer, ["", *(f" {n}" for n in range(1, num_items + 1))])
 
-    def encode(self, user: int, history: Sequence[int]) -> np.ndarray:
-        """(length,) token ids of the prompt, without the history that does not fit.
+    def encode(self, user: int, history: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Token ids of the prompt, with the most recent items that fit.
 
         Args:
-            user: the user, counted from 0.
+            user: index of the user, from 0.
             history: items, oldest first.
-        """
-        room = self.max_text_len - self.max_answer_len
-        room -= len(self._begins[user]) + len(self._asks[user])
-        pieces: list[np.ndarray] = []
-        for item in reversed(history):
-            room -= len(self.items[item])
-            if room < 0 and pieces:
-                break
-            pieces.append(self.items[item])
-        return np.concatenate([self._begins[user], *reversed(pieces), self._asks[user]])
 
-    def answer(self, items: Sequence[int]) -> np.ndarray:
-        """(length,) token ids of the items that fit, and the end of the sequence."""
-        room = self.max_answer_len - 1
+        Returns:
+            (length,) int64, including the special tokens that the tokenizer prepends.
+        """
+        head, request = self._heads[user], self._requests[user]
+        room = self.max_text_len - self.max_response_len - len(head) - len(request)
+        recent_first = self._fitting(reversed(history), room)
+        return np.concatenate([head, *reversed(recent_first), request])
+
+    def encode_response(self, items: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Token ids (length,) int64 of the first items that fit and the end-of-sequence token."""
+        return np.concatenate([*self._fitting(items, self.max_response_len - 1), [self.eos_id]])
+
+    def _fitting(self, items: Iterable[int], room: int) -> list[np.ndarray]:
+        """Token ids of the first items that fit in ``room`` tokens, and of one item at least."""
         pieces: list[np.ndarray] = []
         for item in items:
             room -= len(self.items[item])
             if room < 0 and pieces:
                 break
             pieces.append(self.items[item])
-        return np.concatenate([*pieces, [self.eos_id]])
+        return pieces
 
-    def text(self, user: int, history: Sequence[int]) -> str:
-        """The whole prompt as text."""
+    def text(self, user: int, history: Sequence[int] | np.ndarray) -> str:
+        """The prompt as text, with the entire history."""
         items = "".join(f" {item}" for item in history)
-        return f"{_BEGIN.format(user=user + 1)}{items}{_ASK.format(user=user + 1)}"
+        return f"{_HISTORY.format(user=user + 1)}{items}{_REQUEST.format(user=user + 1)}"
 
 
 def training_history(data: SequenceDataset, user: int) -> np.ndarray:
-    """(h,) the user's training items in the order of time; nothing else is ever read."""
+    """The user's training items (h,) in chronological order.
+
+    Prompts are built from these alone: held-out items never reach the language model.
+    """
     return data.item_ids[data.offsets[user] : data.history_ends("train")[user]]
 
 
 class TrainingExamples(Dataset):
-    """Parts of users' training items as prompts, with further ones as answers.
+    """Prompts with some of a user's training items and responses with later ones.
 
-    For each user an epoch has one *global* example, all items cut in two at a random place, and
-    several *local* ones, a fixed number of items drawn at random and cut in two halves; all in the
-    order of time. Examples depend on the seed and their number alone; numbers go on from epoch to
-    epoch.
+    In each epoch a user has one *global* example, the entire training history split at a random
+    position, and several *local* examples, a random subset of the history split in half. Items stay
+    in chronological order. An example depends only on the seed and its number; numbers continue
+    from epoch to epoch, so that each epoch draws new examples.
 
     Args:
-        data: the data set; users with a single training item are left out.
-        prompts: builds the prompts.
-        local_examples: local examples of a user in an epoch.
+        data: the data set; users with a single training item are skipped.
+        prompts: the prompt builder.
+        local_examples: local examples per user and epoch.
         local_items: items of a local example.
-        max_rows: most examples that pass through the model at once.
-        max_tokens: most tokens that do, if not None.
-        seed: seed of all that is random.
+        max_rows: maximum examples in a micro-batch.
+        max_tokens: maximum tokens in a micro-batch, including padding; ``None`` for no limit.
+        seed: random seed.
     """
 
     def __init__(
@@ -132,12 +142,12 @@ class TrainingExamples(Dataset):
         return len(self.users)
 
     def example(self, number: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """The user, history (h,) and answer (a,), neither empty."""
+        """The user, the history (h,) and the items of the response (r,); h and r are at least 1."""
         rng = np.random.default_rng([self.seed, number])
-        number %= len(self)
-        user = int(self.users[number])
+        index = number % len(self)
+        user = int(self.users[index])
         items = training_history(self.data, user)
-        if self.is_global[number]:
+        if self.is_global[index]:
             cut = int(rng.integers(1, len(items)))
         else:
             size = min(self.local_items, len(items))
@@ -146,13 +156,16 @@ class TrainingExamples(Dataset):
         return user, items[:cut], items[cut:]
 
     def __getitems__(self, numbers: list[int]) -> list[Batch]:
-        """Micro-batches of one optimizer step, as of ``dataloader.ranker.training_batches``."""
+        """Micro-batches of one optimizer step; see ``dataloader.prompt_batches.training_batches``.
+
+        The loss covers the response only.
+        """
         sequences, num_targets = [], []
         for number in numbers:
-            user, history, answer = self.example(number)
-            target = self.prompts.answer(answer)
-            sequences.append(np.append(self.prompts.encode(user, history), target))
-            num_targets.append(len(target))
+            user, history, items = self.example(number)
+            response = self.prompts.encode_response(items)
+            sequences.append(np.append(self.prompts.encode(user, history), response))
+            num_targets.append(len(response))
         return training_batches(
             sequences,
             np.array(num_targets),
@@ -164,12 +177,16 @@ class TrainingExamples(Dataset):
 
 
 class GenerationPrompts:
-    """A prompt for every user, with the whole training history, in batches of like length.
+    """One prompt per user with the training history, in batches of similar length.
 
     Args:
         data: the data set.
-        prompts: builds the prompts.
-        batch_size: users of a batch.
+        prompts: the prompt builder.
+        batch_size: users in a batch; the last batch may be smaller.
+
+    Attributes:
+        prompts: token ids (length,) by user.
+        batches: users (B,) by batch, the longest prompts first.
     """
 
     def __init__(self, data: SequenceDataset, prompts: IdPrompts, batch_size: int) -> None:
@@ -182,7 +199,7 @@ class GenerationPrompts:
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, number: int) -> tuple[np.ndarray, Batch]:
-        """Users (B,) and their ``input_ids`` and ``attention_mask`` (B, L), longest batch first."""
-        users = self.batches[number]
+    def __getitem__(self, index: int) -> tuple[np.ndarray, Batch]:
+        """Users (B,) of a batch, and their ``input_ids`` and ``attention_mask``, (B, L) each."""
+        users = self.batches[index]
         return users, pad_left([self.prompts[user] for user in users], self.pad_id)

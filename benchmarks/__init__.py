@@ -1,1 +1,1 @@
-"""Speed and memory, measured; each script prints one JSON object as its last line."""
+"""Benchmarks; each prints one JSON object as its last line. Run them from the repository root."""

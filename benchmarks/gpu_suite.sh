@@ -1,13 +1,13 @@
 #!/bin/sh
-# Everything in RESULTS.md that needs a GPU, in one run that can be stopped and started again: a step
-# that is done is skipped, a training goes on where it was. Results come to lie under $OUT.
+# Measures what docs/results/not-measured.md lists for a GPU. It can be interrupted and started
+# again: finished steps are skipped and an unfinished training resumes. Results are under $OUT.
 #
 #   DATA_ROOT=data RETRIEVERS=experiments TOKENIZER=path/to/llama-2 sh benchmarks/gpu_suite.sh
 #
-# RETRIEVERS holds the candidates: runs of train_retriever.py as lru/<data set>; they are trained
-# here where they are missing. TOKENIZER is Llama 2's, whose weights are made up (the true shape);
-# without it the 7B rows are left out. DEVICE=cpu SMALL=true tries all steps without a GPU, on one data
-# set unless DATASETS names others.
+# RETRIEVERS holds runs of train_retriever.py as lru/<data set>; missing ones are trained first.
+# TOKENIZER is the folder of Llama 2's tokenizer, whose model gets random weights; without it, the
+# rows of the 7B model are left out. DEVICE=cpu SMALL=true tries all steps without a GPU, on one
+# data set unless DATASETS names others.
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
@@ -47,12 +47,12 @@ if [ "$SMALL" = true ]; then
 fi
 DATASETS=${DATASETS:-$datasets}
 
-# step NAME COMMAND...: run once; its last line of output is kept as NAME.json
+# step NAME COMMAND...: run a benchmark once and keep its last line of output as NAME.json
 step() {
     name=$1
     shift
     if [ -e "$OUT/$name.json" ]; then
-        echo "$name: done before"
+        echo "$name: already done"
         return
     fi
     echo "$name: $*"
@@ -61,31 +61,31 @@ step() {
     mv "$OUT/$name.tmp" "$OUT/$name.json"
 }
 
-# finished once its metrics are there; a run that was stopped goes on
+# run FOLDER COMMAND...: finish the run in FOLDER, unless its metrics exist
 run() {
     folder=$1
     shift
     for metrics in overall_metrics test_metrics augmentation; do
         if [ -e "$folder/$metrics.json" ]; then
-            echo "$folder: done before"
+            echo "$folder: already done"
             return
         fi
     done
     echo "$folder: $*"
-    "$@" --export_root "$folder" --resume true
+    "$@" --export_root "$folder" --resume
 }
 
-# shellcheck disable=SC2086  # words are meant to be split
+# shellcheck disable=SC2086  # the variables hold several words
 {
-    step ranker_train $PYTHON benchmarks/ranker_train.py $where --models $models $large \
+    step ranker_train $PYTHON -m benchmarks.ranker_train $where --models $models $large \
         --datasets $DATASETS $train
-    step ranker_inference $PYTHON benchmarks/ranker_inference.py $where --models $models $large \
+    step ranker_inference $PYTHON -m benchmarks.ranker_inference $where --models $models $large \
         $users --figure "$OUT/ranker_inference.png"
     for code in $DATASETS; do
-        step "ranker_exactness-$code" $PYTHON benchmarks/ranker_exactness.py $where \
+        step "ranker_exactness-$code" $PYTHON -m benchmarks.ranker_exactness $where \
             --dataset_code "$code" $prompts
     done
-    step scale $PYTHON benchmarks/scale.py --device "$DEVICE" $scale
+    step scale $PYTHON -m benchmarks.scale --device "$DEVICE" $scale
     for code in $DATASETS; do
         run "$RETRIEVERS/lru/$code" $PYTHON train_retriever.py --dataset_code "$code" $where \
             $retriever
@@ -100,19 +100,19 @@ run() {
     done
     augment="$PYTHON augment_data.py --dataset_code ml-100k $where --llm_base_model smollm2-135m \
         --llm_load_in_4bit false $augmentation"
-    written=$OUT/llm4idrec
+    texts=$OUT/llm4idrec
     judge="--retriever_path $RETRIEVERS/lru/ml-100k"
-    run "$written/free" $augment
-    run "$written/constrained" $augment --reuse "$written/free" --constrained true
-    run "$written/free-judged" $augment --reuse "$written/free" $judge
-    run "$written/constrained-judged" $augment --reuse "$written/constrained" --constrained true \
+    run "$texts/free" $augment
+    run "$texts/constrained" $augment --reuse "$texts/free" --constrained
+    run "$texts/free-judged" $augment --reuse "$texts/free" $judge
+    run "$texts/constrained-judged" $augment --reuse "$texts/constrained" --constrained \
         $judge
     for model in lru sas; do
         train_on="$PYTHON train_retriever.py --dataset_code ml-100k --model_code $model $where \
             $retriever"
         run "$OUT/$model-none" $train_on
         for kind in free constrained free-judged constrained-judged; do
-            run "$OUT/$model-$kind" $train_on --augmented "$written/$kind"
+            run "$OUT/$model-$kind" $train_on --augmented "$texts/$kind"
             $PYTHON report.py --compare "$OUT/$model-none" "$OUT/$model-$kind"
         done
     done

@@ -8,29 +8,31 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
-def _status(field: str) -> float:
+def rss_mib() -> float:
+    """Return the resident memory of this process in MiB."""
+    return _status_mib("VmRSS:")
+
+
+def peak_mib() -> float:
+    """Return the highest resident memory of this process so far in MiB."""
+    return _status_mib("VmHWM:")
+
+
+def _status_mib(field: str) -> float:
     try:
         status = Path("/proc/self/status").read_text()
-    except OSError:  # not Linux: the peak is all there is, in KiB or, on macOS, in bytes
+    except OSError:  # not Linux: only the peak is available, in KiB or, on macOS, in bytes
         unit = 2**20 if sys.platform == "darwin" else 2**10
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     return int(status.split(field)[1].split()[0]) / 2**10
 
 
-def rss_mib() -> float:
-    """Memory that this process holds."""
-    return _status("VmRSS:")
-
-
-def peak_mib() -> float:
-    """The most memory that this process has held."""
-    return _status("VmHWM:")
-
-
-def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The function's result from a fresh process, whose peak is the function's own."""
+def in_own_process(function: Callable[..., T], *arguments: object) -> T:
+    """Call a function in a new process, whose peak memory is then the function's own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()

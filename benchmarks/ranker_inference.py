@@ -1,129 +1,153 @@
-"""Scoring a user's candidates in one forward pass against writing their ranking (Figure 3).
+"""One forward pass per user against generating the ranking (LlamaRec, figure 3).
 
-The generating ranker reads the same prompt and writes titles greedily, with a key-value cache,
-until the response is as long as all candidates' titles together. Both rank 20 candidates after 10
-history items for one user at a time, in turn in one process; medians over users. Titles are made
-up, of the length asked for.
+The generating ranker reads the same prompt and generates titles greedily with a key-value cache,
+until the response is as long as the titles of all candidates. Both rank 20 candidates after 10
+history items, one user at a time, and alternate in one process; times are medians over users.
+Titles are random words, of the length that the flag gives.
 
 Example:
-    python benchmarks/ranker_inference.py --figure experiments/ranker_inference.png
-    python benchmarks/ranker_inference.py --device cuda --models smollm2-135m llama-2-7b \\
+    python -m benchmarks.ranker_inference --figure experiments/ranker_inference.png
+    python -m benchmarks.ranker_inference --device cuda --models smollm2-135m llama-2-7b \\
         --tokenizer path/to/llama-2
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
-from benchmarks.language_models import NAMES, Setup, prepare
-from config import RankerConfig
-from dataloader.prompt import PromptBuilder
-from dataloader.ranker import pad_left
-from model.ranker import load_causal_lm
+from benchmarks.common import Row, add_device_flag, make_parser, report, run, seconds
+from benchmarks.language_models import (
+    NUM_CANDIDATES,
+    Setup,
+    add_model_flags,
+    build_prompts,
+    prepare,
+)
+from dataloader.prompt_batches import pad_left
+from model.language_model import load_causal_lm
 from model.verbalizer import candidate_scores
 from storage import atomic_path
 
-NUM_CANDIDATES, NUM_HISTORY, NUM_TITLES = 20, 10, 200
+NUM_HISTORY, NUM_TITLES = 10, 200
+MAX_TEXT_LEN = 4096
+SCORING_REPEATS = 3  # per user, as it is the shorter of the two
+USERS_FOR_LENGTH = 10  # users over which the length of the response is averaged
 WORDS = ("the", "story", "of", "a", "long", "night", "river", "city", "garden", "winter", "king")
 
 
+def count_tokens(tokenizer: Tokenizer, text: str) -> int:
+    """Count the tokens of a text without special tokens."""
+    return len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
 def make_titles(tokenizer: Tokenizer, length: int) -> list[str]:
-    """Titles of about ``length`` tokens each; titles[0] belongs to no item."""
+    """Make titles of about ``length`` tokens each; item 0 is padding."""
     rng = np.random.default_rng(length)
     titles = [""]
     while len(titles) <= NUM_TITLES:
         words: list[str] = []
-        while len(tokenizer.encode(" ".join(words), add_special_tokens=False).ids) < length:
+        while count_tokens(tokenizer, " ".join(words)) < length:
             words.append(str(rng.choice(WORDS)))
         titles.append(" ".join(words))
     return titles
 
 
-def rankers(
-    setup: Setup, model: PreTrainedModel, length: int, device: torch.device
-) -> tuple[Callable[[int], None], Callable[[int], None], float]:
-    """Functions that rank one user's candidates by writing and by scoring, and tokens written."""
-    config = RankerConfig(dataset_code="ml-100k")
-    tokenizer, eos_id = setup.tokenizer, setup.eos_id
-    prompts = PromptBuilder(
-        tokenizer,
-        make_titles(tokenizer, length),
-        instruction=config.llm_system_template,
-        input_template=config.llm_input_template,
-        num_candidates=NUM_CANDIDATES,
-        max_title_len=2 * length,
-        max_text_len=4096,
-    )
-    label_ids = torch.from_numpy(prompts.label_ids).to(device)
+class Rankers:
+    """Both ways to rank the candidates of a user.
 
-    def user(number: int) -> tuple[dict, int]:
-        items = 1 + np.random.default_rng(number).permutation(NUM_TITLES)
+    Args:
+        setup: the language model.
+        model: the language model, loaded.
+        title_tokens: length of the titles.
+    """
+
+    def __init__(self, setup: Setup, model: PreTrainedModel, title_tokens: int) -> None:
+        self.model, self.pad_id = model, setup.eos_id
+        self.prompts = build_prompts(
+            setup,
+            make_titles(setup.load_tokenizer(), title_tokens),
+            max_title_len=2 * title_tokens,
+            max_text_len=MAX_TEXT_LEN,
+        )
+        self.letter_ids = torch.from_numpy(self.prompts.letter_ids).to(model.device)
+
+    def prompt(self, user: int) -> tuple[dict[str, Any], int]:
+        """Return a user's prompt as a batch, and the tokens of all candidates' titles."""
+        items = 1 + np.random.default_rng(user).permutation(NUM_TITLES)
         history, candidates = items[:NUM_HISTORY], items[NUM_HISTORY:][:NUM_CANDIDATES]
-        batch = pad_left([prompts.encode(history, candidates)], eos_id)
-        response = "\n".join(prompts.titles[item] for item in candidates)
-        tokens = len(tokenizer.encode(response, add_special_tokens=False).ids)
-        return {name: x.to(device) for name, x in batch.items()}, tokens
-
-    def write(number: int) -> None:
-        batch, tokens = user(number)
-        # Not yet tuned to rank, the model may end early or not at all: the length is fixed.
-        model.generate(
-            **batch,
-            do_sample=False,
-            min_new_tokens=tokens,
-            max_new_tokens=tokens,
-            pad_token_id=eos_id,
+        batch = pad_left([self.prompts.encode(history, candidates)], self.pad_id)
+        response = "\n".join(self.prompts.titles[item] for item in candidates)
+        return (
+            send_to_device(batch, self.model.device),
+            count_tokens(self.prompts.tokenizer, response),
         )
 
-    def score(number: int) -> None:
-        candidate_scores(model, user(number)[0], label_ids)
+    def generate(self, user: int) -> None:
+        """Generate a response of the length of all candidates' titles."""
+        batch, length = self.prompt(user)
+        # The model is not tuned to rank and may end early or not at all, so the length is fixed.
+        self.model.generate(  # type: ignore[operator]
+            **batch,
+            do_sample=False,
+            min_new_tokens=length,
+            max_new_tokens=length,
+            pad_token_id=self.pad_id,
+        )
 
-    return write, score, statistics.mean(user(number)[1] for number in range(10))
+    def score(self, user: int) -> None:
+        """Score the candidates in one forward pass."""
+        candidate_scores(self.model, self.prompt(user)[0], self.letter_ids)
 
 
 @torch.inference_mode()
-def measure(
-    setup: Setup, model: PreTrainedModel, length: int, device: torch.device, users: int
-) -> dict:
-    """One row: seconds a user of both ways."""
-    write, score, tokens = rankers(setup, model, length, device)
-    seconds: dict[Callable, list[float]] = {write: [], score: []}
-    score(0)
-    for number in range(users):
-        for way, times in seconds.items():
-            for _ in range(1 if way is write else 3):  # the short one more often
-                start = time.perf_counter()
-                way(number)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                times.append(time.perf_counter() - start)
-    writing_s, scoring_s = (statistics.median(seconds[way]) for way in (write, score))
+def measure(setup: Setup, model: PreTrainedModel, title_tokens: int, num_users: int) -> Row:
+    """Seconds per user of both ways."""
+    rankers, device = Rankers(setup, model, title_tokens), model.device
+    generation: list[float] = []
+    scoring: list[float] = []
+    rankers.score(0)  # a warm-up
+    for user in range(num_users):
+        generation.append(seconds(partial(rankers.generate, user), device))
+        for _ in range(SCORING_REPEATS):
+            scoring.append(seconds(partial(rankers.score, user), device))
+    generation_s, scoring_s = statistics.median(generation), statistics.median(scoring)
     return {
         "model": setup.name,
         "in_4bit": setup.in_4bit,
-        "title_tokens": length,
-        "written_tokens": tokens,
-        "generation_s": round(writing_s, 4),
+        "title_tokens": title_tokens,
+        "written_tokens": statistics.mean(
+            rankers.prompt(user)[1] for user in range(USERS_FOR_LENGTH)
+        ),
+        "generation_s": round(generation_s, 4),
         "scoring_s": round(scoring_s, 4),
-        "speedup": round(writing_s / scoring_s, 1),
+        "speedup": round(generation_s / scoring_s, 1),
     }
 
 
-def draw(rows: list[dict], device: str, path: Path) -> None:
-    """Seconds a user against title length, a panel a model."""
+def measure_all(flags: argparse.Namespace) -> Iterator[Row]:
+    """Measure each model with each length of titles."""
+    device = torch.device(flags.device)
+    for name in flags.models:
+        setup = prepare(name, device, flags.cache_root, flags.tokenizer)
+        model = load_causal_lm(setup.folder, device=device, in_4bit=setup.in_4bit).eval()
+        for title_tokens in flags.title_tokens:
+            yield measure(setup, model, title_tokens, flags.users)
+        del model  # before the next one is loaded
+
+
+def draw(rows: list[Row], device: str, path: Path) -> None:
+    """Plot the seconds per user against the length of titles, one panel per model."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(row["model"] for row in rows))
@@ -133,7 +157,9 @@ def draw(rows: list[dict], device: str, path: Path) -> None:
         lengths = [row["title_tokens"] for row in own]
         for key, label in (("generation_s", "generation"), ("scoring_s", "one forward pass")):
             axes.plot(lengths, [row[key] for row in own], "o-", label=label)
-        axes.set(title=f"{name}, {device}", xlabel="title length (tokens)", ylabel="seconds a user")
+        axes.set(
+            title=f"{name}, {device}", xlabel="title length (tokens)", ylabel="seconds per user"
+        )
         axes.set_yscale("log")
         axes.set_xticks(lengths, [str(length) for length in lengths])
         axes.grid(alpha=0.3)
@@ -142,30 +168,22 @@ def draw(rows: list[dict], device: str, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def main() -> None:
-    """Measure what the flags name, draw the figure, print a line a row and all as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data_root", help="of no use here: titles are made up")
-    parser.add_argument("--cache_root", default="data/cache")
-    parser.add_argument("--models", nargs="+", default=["smollm2-135m"], choices=NAMES)
-    parser.add_argument("--tokenizer", help="folder of Llama 2's tokenizer, for llama-2-7b")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--title_tokens", nargs="+", type=int, default=[5, 10, 20, 30])
-    parser.add_argument("--users", type=int, default=3, help="users a row (default: 3)")
-    parser.add_argument("--figure", default="experiments/ranker_inference.png")
-    flags = parser.parse_args()
-    device = torch.device(flags.device)
-    rows = []
-    for name in flags.models:
-        setup = prepare(name, device, Path(flags.cache_root), flags.tokenizer)
-        model = load_causal_lm(setup.folder, device=device, in_4bit=setup.in_4bit).eval()
-        for length in flags.title_tokens:
-            rows.append(measure(setup, model, length, device, flags.users))
-            print(rows[-1], file=sys.stderr, flush=True)
-        del model
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what the flags select and draw the figure."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--data_root", help="ignored: the titles are random words")
+    parser.add_argument("--cache_root", default="data/cache", help="folder of models")
+    add_model_flags(parser)
+    add_device_flag(parser)
+    parser.add_argument(
+        "--title_tokens", nargs="+", type=int, default=[5, 10, 20, 30], help="lengths of titles"
+    )
+    parser.add_argument("--users", type=int, default=3, help="users per row (default: 3)")
+    parser.add_argument("--figure", default="experiments/ranker_inference.png", help="PNG to write")
+    flags = parser.parse_args(argv)
+    rows = report("ranker_inference", flags.device, measure_all(flags))
     draw(rows, flags.device, Path(flags.figure))
-    print(json.dumps({"benchmark": "ranker_inference", "device": flags.device, "rows": rows}))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

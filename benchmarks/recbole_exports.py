@@ -1,22 +1,26 @@
-"""Whether RecBole reads what ``augment_data.py`` exports: counts, and leave-one-out's splits.
+"""RecBole on the exports of ``augment_data.py``: counts and leave-one-out splits.
 
-RecBole's own leave-one-out over the timestamps must give our training part with the written
-interactions, our validation and our test items. Exits with status 1 where it does not. Install as
-for ``recbole_parity.py``.
+RecBole's own leave-one-out split by timestamp must give our training part with the generated
+interactions, our validation items and our test items. The exit status is 1 if it does not. For the
+installation see ``recbole_parity.py``.
 
 Example:
-    .venv-recbole/bin/python benchmarks/recbole_exports.py experiments/llm4idrec/ml-100k
+    .venv-recbole/bin/python -m benchmarks.recbole_exports experiments/llm4idrec/ml-100k
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from recbole.config import Config
 from recbole.data import create_dataset
+
+from benchmarks.common import make_parser, report
 
 SETTINGS = {
     "load_col": {"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", "title"]},
@@ -29,56 +33,79 @@ SETTINGS = {
     "state": "ERROR",
     "device": "cpu",
 }
+HELD_OUT = ("valid", "test")  # the last two items of a user
 
 
-def read_pairs(path: Path) -> list[tuple[str, str]]:
-    """Users and items of a ``.inter`` file in its order."""
+def load(folder: Path) -> Any:
+    """Load an export with RecBole."""
+    settings = SETTINGS | {"data_path": str(folder.parent.resolve())}
+    return create_dataset(Config(model="BPR", dataset=folder.name, config_dict=settings))
+
+
+def read_rows(path: Path) -> list[list[str]]:
+    """Read the rows of an exported file, without the header."""
     lines = path.read_text(encoding="utf-8").splitlines()[1:]
-    return [tuple(line.split("\t")[:2]) for line in lines]
+    return [line.split("\t") for line in lines]
 
 
-def main() -> None:
-    """Load the exports and print what RecBole counts beside what is expected."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="run folder of augment_data.py")
-    run = parser.parse_args().run
-    (folder,) = (run / "exports" / "recbole").iterdir()
-    counts = json.loads((run / "augmentation.json").read_text())
-    config = Config(
-        model="BPR",
-        dataset=folder.name,
-        config_dict=SETTINGS | {"data_path": str(folder.parent.resolve())},
-    )
-    data = create_dataset(config)
-    users, training = counts["num_users"], counts["training_interactions"] + counts["kept"]
-    pairs = read_pairs(folder / f"{folder.name}.inter")
-    last: dict[str, list[str]] = {}
-    for user, item in pairs:
-        last[user] = [*last.get(user, [])[-1:], item]
-    found = {
+def held_out_items(interactions: list[list[str]]) -> dict[str, dict[str, str]]:
+    """Return the last two items of each user by split and user, in the order of the rows."""
+    items: dict[str, list[str]] = defaultdict(list)
+    for user, item, *_ in interactions:
+        items[user].append(item)
+    return {
+        split: {user: own[index] for user, own in items.items()}
+        for index, split in zip((-2, -1), HELD_OUT)
+    }
+
+
+def recbole_counts(data: Any, held_out: dict[str, dict[str, str]]) -> dict[str, int]:
+    """Count what RecBole loaded and split; ``*_items`` are the held-out items equal to ours."""
+    counts = {
         "users": data.user_num - 1,  # RecBole counts its padding
         "items": data.item_num - 1,
         "interactions": data.inter_num,
     }
-    titles = len((folder / f"{folder.name}.item").read_text().splitlines()) - 1
-    expected = {"users": users, "items": titles, "interactions": training + 2 * users}
-    splits = dict(zip(("train", "valid", "test"), data.build()))
-    found |= {f"{name}_interactions": split.inter_num for name, split in splits.items()}
-    expected |= {
+    splits = dict(zip(("train", *HELD_OUT), data.build()))
+    counts |= {f"{name}_interactions": split.inter_num for name, split in splits.items()}
+    for name in HELD_OUT:
+        rows = splits[name].inter_feat
+        users, items = (
+            data.id2token(field, rows[field].numpy()).tolist() for field in ("user_id", "item_id")
+        )
+        counts[f"{name}_items"] = sum(
+            held_out[name][user] == item for user, item in zip(users, items)
+        )
+    return counts
+
+
+def expected_counts(run: Path, folder: Path) -> dict[str, int]:
+    """Return the counts that RecBole must find, from the run's own."""
+    counts = json.loads((run / "augmentation.json").read_text(encoding="utf-8"))
+    users, training = counts["num_users"], counts["training_interactions"] + counts["kept"]
+    return {
+        "users": users,
+        "items": len(read_rows(folder / f"{folder.name}.item")),
+        "interactions": training + 2 * users,
         "train_interactions": training,
         "valid_interactions": users,
         "test_interactions": users,
+        "valid_items": users,
+        "test_items": users,
     }
-    for place, name in enumerate(("valid", "test")):
-        split = splits[name].inter_feat
-        names = (
-            data.id2token(field, split[field].numpy()).tolist() for field in ("user_id", "item_id")
-        )
-        found[f"{name}_items"] = sum(last[user][place] == item for user, item in zip(*names))
-        expected[f"{name}_items"] = users
-    rows = [{"what": what, "recbole": found[what], "expected": expected[what]} for what in expected]
-    print(json.dumps({"benchmark": "recbole_exports", "device": "cpu", "rows": rows}))
-    if found != expected:
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Load the exports and compare; exit with status 1 if anything differs."""
+    parser = make_parser(__doc__)
+    parser.add_argument("run", type=Path, help="run folder of augment_data.py")
+    run = parser.parse_args(argv).run
+    (folder,) = (run / "exports" / "recbole").iterdir()
+    held_out = held_out_items(read_rows(folder / f"{folder.name}.inter"))
+    actual, expected = recbole_counts(load(folder), held_out), expected_counts(run, folder)
+    rows = ({"what": x, "recbole": actual[x], "expected": expected[x]} for x in expected)
+    report("recbole_exports", "cpu", rows)
+    if actual != expected:
         sys.exit(1)
 
 

@@ -1,21 +1,20 @@
-"""Our SASRec and NARM against RecBole's, layer by layer the same weights: scores and gradients.
+"""SASRec and NARM against RecBole's, with the same weights: scores, loss and gradients.
 
 RecBole (https://recbole.io) is an independent implementation on padded batches. Its models have no
-output bias and NARM's GRU has no biases: ours are 0 here. Exits with status 1 on a difference.
+output bias, and its NARM has a GRU without biases: ours are 0 here. The exit status is 1 if
+anything differs.
 
 Example:
     python3 -m venv .venv-recbole
     .venv-recbole/bin/pip install -r benchmarks/requirements-recbole.txt
-    .venv-recbole/bin/python benchmarks/recbole_parity.py
+    .venv-recbole/bin/python -m benchmarks.recbole_parity
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,141 +22,194 @@ from recbole.model.sequential_recommender import NARM as RecBoleNARM
 from recbole.model.sequential_recommender import SASRec as RecBoleSASRec
 from torch import Tensor, nn
 
-from dataloader.retriever import Histories
-from datasets.base import SequenceDataset
+from benchmarks.common import Row, make_parser, report, synthetic_data
+from dataloader.sequences import Histories
+from datasets import SequenceDataset
+from model.base import Retriever, RetrieverSpec
 from model.losses import linear_cross_entropy
 from model.narm import NARM
-from model.transformer import TransformerRec
+from model.registry import build_retriever
 
-NUM_ITEMS, NUM_USERS, MAX_LEN, DIM, BLOCKS, HEADS = 500, 200, 20, 32, 2, 2
+NUM_ITEMS, NUM_USERS, MAX_LEN, HIDDEN_UNITS, NUM_BLOCKS, NUM_HEADS = 500, 200, 20, 32, 2, 2
+MODELS = {"SASRec": ("sas", RecBoleSASRec), "NARM": ("narm", RecBoleNARM)}
 TOLERANCE = 1e-5
 SETTINGS = {
-    "n_layers": BLOCKS, "n_heads": HEADS, "hidden_size": DIM, "inner_size": 4 * DIM,
-    "embedding_size": DIM, "hidden_dropout_prob": 0.0, "attn_dropout_prob": 0.0,
-    "dropout_probs": [0.0, 0.0], "hidden_act": "gelu", "layer_norm_eps": 1e-5,
-    "initializer_range": 0.1, "loss_type": "CE", "device": "cpu", "USER_ID_FIELD": "user",
-    "ITEM_ID_FIELD": "item", "LIST_SUFFIX": "_list", "ITEM_LIST_LENGTH_FIELD": "item_length",
-    "NEG_PREFIX": "neg_", "MAX_ITEM_LIST_LENGTH": MAX_LEN,
+    "n_layers": NUM_BLOCKS, "n_heads": NUM_HEADS, "hidden_size": HIDDEN_UNITS,
+    "inner_size": 4 * HIDDEN_UNITS, "embedding_size": HIDDEN_UNITS, "hidden_dropout_prob": 0.0,
+    "attn_dropout_prob": 0.0, "dropout_probs": [0.0, 0.0], "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5, "initializer_range": 0.1, "loss_type": "CE", "device": "cpu",
+    "USER_ID_FIELD": "user", "ITEM_ID_FIELD": "item", "LIST_SUFFIX": "_list",
+    "ITEM_LIST_LENGTH_FIELD": "item_length", "NEG_PREFIX": "neg_",
+    "MAX_ITEM_LIST_LENGTH": MAX_LEN,
 }  # fmt: skip
+Pairs = list[tuple[Tensor, Tensor]]
 
 
 class Catalogue:
-    """What RecBole's models ask of a data set."""
+    """The part of a RecBole data set that its models use."""
 
     def num(self, field: str) -> int:
-        """Number of items with padding."""
+        """Return the number of items with padding."""
         return NUM_ITEMS + 1
 
 
-def tensor_pairs(ours: nn.Module, theirs: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """(our part, their parameter) that mean the same, ours as views that can be written to."""
-    pairs = [(ours.embedding.weight, theirs.item_embedding.weight)]
-    if isinstance(ours, NARM):
-        pairs += [(getattr(ours.gru, n), p) for n, p in theirs.gru.named_parameters()]
-        pairs += [
-            (ours.key.weight, theirs.a_1.weight),
-            (ours.query.weight, theirs.a_2.weight),
-            (ours.energy.weight, theirs.v_t.weight),
-        ]
-        # Their global and local encodings stand the other way round.
-        pairs += zip(ours.bilinear.weight.split(DIM, 1), reversed(theirs.b.weight.split(DIM, 1)))
-        return pairs
+class Results(NamedTuple):
+    """What is compared; gradients are stored in the parameters."""
 
-    def both(our_module: nn.Module, their_module: nn.Module) -> None:
-        pairs.extend(zip(our_module.parameters(), their_module.parameters()))
+    scores: Tensor
+    loss: Tensor
 
-    both(ours.position_embedding, theirs.position_embedding)
-    both(ours.layer_norm, theirs.LayerNorm)
+
+# Weights ------------------------------------------------------------------------------------------
+
+
+def tensor_pairs(ours: Retriever, theirs: nn.Module) -> Pairs:
+    """Pair our parameters, or views of their parts, with RecBole's of the same meaning."""
+    pairs: Pairs = [(ours.item_embeddings, theirs.item_embedding.weight)]  # type: ignore[list-item,union-attr]
+    return pairs + (_narm_pairs if isinstance(ours, NARM) else _sasrec_pairs)(ours, theirs)
+
+
+def _narm_pairs(ours: Any, theirs: Any) -> Pairs:
+    pairs = [(getattr(ours.gru, name), other) for name, other in theirs.gru.named_parameters()]
+    pairs += [
+        (ours.key.weight, theirs.a_1.weight),
+        (ours.query.weight, theirs.a_2.weight),
+        (ours.energy.weight, theirs.v_t.weight),
+    ]
+    # RecBole concatenates the local encoding before the global one.
+    halves = reversed(theirs.b.weight.split(HIDDEN_UNITS, 1))
+    return [*pairs, *zip(ours.bilinear.weight.split(HIDDEN_UNITS, 1), halves)]
+
+
+def _sasrec_pairs(ours: Any, theirs: Any) -> Pairs:
+    modules = [
+        (ours.position_embedding, theirs.position_embedding),
+        (ours.layer_norm, theirs.LayerNorm),
+    ]
+    pairs: Pairs = []
     for block, layer in zip(ours.blocks, theirs.trm_encoder.layer):
         attention, other = block.attention, layer.multi_head_attention
-        maps = (other.query, other.key, other.value)
-        pairs.extend(zip(attention.in_proj.weight.split(DIM), (m.weight for m in maps)))
-        pairs.extend(zip(attention.in_proj.bias.split(DIM), (m.bias for m in maps)))
-        both(attention.out_proj, other.dense)
-        both(attention.layer_norm, other.LayerNorm)
-        both(block.feed_forward.inner, layer.feed_forward.dense_1)
-        both(block.feed_forward.outer, layer.feed_forward.dense_2)
-        both(block.feed_forward.layer_norm, layer.feed_forward.LayerNorm)
+        projections = (other.query, other.key, other.value)
+        for name in ("weight", "bias"):
+            parts = getattr(attention.in_proj, name).split(HIDDEN_UNITS)
+            pairs += zip(parts, (getattr(projection, name) for projection in projections))
+        modules += [
+            (attention.out_proj, other.dense),
+            (attention.layer_norm, other.LayerNorm),
+            (block.feed_forward.inner, layer.feed_forward.dense_1),
+            (block.feed_forward.outer, layer.feed_forward.dense_2),
+            (block.feed_forward.layer_norm, layer.feed_forward.LayerNorm),
+        ]
+    for our_module, their_module in modules:
+        pairs += zip(our_module.parameters(), their_module.parameters())
     return pairs
 
 
-def relative(found: Tensor, expected: Tensor, floor: float = 0.0) -> float:
-    """Norm of the difference as a share of the expected norm, or of ``floor`` if that is more."""
-    return ((found - expected).norm() / expected.norm().clamp(min=floor)).item()
-
-
-def compare(name: str, data: SequenceDataset) -> dict:
-    """Largest relative differences of scores, loss and gradients for one model."""
+@torch.no_grad()
+def build_pair(name: str) -> tuple[Retriever, Any]:
+    """Build our model and RecBole's with the same random weights."""
     torch.manual_seed(0)
-    if name == "SASRec":
-        theirs = RecBoleSASRec(SETTINGS, Catalogue())
-        ours = TransformerRec(NUM_ITEMS, DIM, BLOCKS, HEADS, 0.0, 0.0, MAX_LEN)
-    else:
-        theirs = RecBoleNARM(SETTINGS, Catalogue())
-        ours = NARM(NUM_ITEMS, DIM, BLOCKS, 0.0, 0.0)
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            parameter.zero_()
-        for mine, other in tensor_pairs(ours, theirs):
-            other += 0.05 * torch.randn_like(other)  # layer norms begin as identities
-            mine.copy_(other)
-
-    histories = Histories(data, "test", MAX_LEN)
-    batch = histories.__getitems__(list(range(NUM_USERS)))
-    lengths = batch["positions"][batch["keep"]] + 1
-    padded = torch.zeros(NUM_USERS, MAX_LEN, dtype=torch.int64)
-    rows = torch.repeat_interleave(torch.arange(NUM_USERS), lengths)
-    if name == "SASRec":  # padded on the left, where its positions are ours
-        padded[rows, batch["positions"] + MAX_LEN - lengths[rows]] = batch["item_ids"]
-        lengths = torch.full_like(lengths, MAX_LEN)
-    else:
-        padded[rows, batch["positions"]] = batch["item_ids"]
-
-    jagged = (batch["item_ids"], batch["positions"], batch["longest"], batch["keep"])
-    scores = ours(*jagged)
-    expected = theirs.full_sort_predict({"item_list": padded, "item_length": lengths})
-    loss = ours(
-        *jagged,
-        lambda x, weight, bias: linear_cross_entropy(x, weight, bias, labels=batch["answers"]),
+    code, recbole_model = MODELS[name]
+    theirs = recbole_model(SETTINGS, Catalogue())
+    spec = RetrieverSpec(
+        model_code=code,
+        num_items=NUM_ITEMS,
+        max_len=MAX_LEN,
+        hidden_units=HIDDEN_UNITS,
+        num_blocks=NUM_BLOCKS,
+        num_heads=NUM_HEADS,
+        dropout=0.0,
+        attn_dropout=0.0,
     )
-    expected_loss = theirs.calculate_loss(
-        {"item_list": padded, "item_length": lengths, "item": batch["answers"]}
+    ours = build_retriever(spec)
+    for parameter in ours.parameters():
+        parameter.zero_()
+    for mine, other in tensor_pairs(ours, theirs):
+        other += 0.05 * torch.randn_like(other)  # layer norms are the identity at first
+        mine.copy_(other)
+    return ours, theirs
+
+
+# Comparison ---------------------------------------------------------------------------------------
+
+
+def our_results(model: Retriever, batch: dict[str, Any]) -> Results:
+    """Compute our scores and loss, with gradients."""
+    sequences = batch["sequences"]
+    loss = linear_cross_entropy(
+        model.encode(sequences), model.item_embeddings, model.item_bias, labels=batch["targets"]
     )
     loss.backward()
-    expected_loss.backward()
+    return Results(model(sequences).detach(), loss.detach())
+
+
+def recbole_results(model: Any, batch: dict[str, Any], *, pad_left: bool) -> Results:
+    """Compute RecBole's scores and loss, with gradients.
+
+    Args:
+        model: RecBole's model.
+        batch: an evaluation batch.
+        pad_left: whether to pad on the left, where RecBole's position embeddings are ours.
+    """
+    item_ids, positions, _, last = batch["sequences"]
+    lengths = positions[last] + 1
+    rows = torch.repeat_interleave(torch.arange(NUM_USERS), lengths)
+    shifts = MAX_LEN - lengths if pad_left else torch.zeros_like(lengths)
+    padded = torch.zeros(NUM_USERS, MAX_LEN, dtype=torch.int64)
+    padded[rows, positions + shifts[rows]] = item_ids
+    inputs = {"item_list": padded, "item_length": lengths + shifts}
+    loss = model.calculate_loss(inputs | {"item": batch["targets"]})
+    loss.backward()
+    return Results(model.full_sort_predict(inputs).detach(), loss.detach())
+
+
+def relative(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:
+    """Return the norm of the difference over the larger of the expected norm and ``floor``."""
+    return ((actual - expected).norm() / expected.norm().clamp(min=floor)).item()
+
+
+@torch.no_grad()
+def gradient_difference(ours: Retriever, theirs: nn.Module) -> float:
+    """Return the largest relative difference of any gradient; afterwards the weights are lost."""
     for parameter in (*ours.parameters(), *theirs.parameters()):
-        parameter.data = (
-            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        )  # the pairs then pair gradients
-    with torch.no_grad():
-        pairs = tensor_pairs(ours, theirs)
-        # The gradient of a key's bias is 0 but for rounding: no share can be taken of it.
-        floor = 1e-3 * max(other.norm().item() for _, other in pairs)
-        gradients = [relative(mine, other, floor) for mine, other in pairs]
+        gradient = parameter.grad
+        parameter.data = torch.zeros_like(parameter) if gradient is None else gradient
+    pairs = tensor_pairs(ours, theirs)
+    # The gradient of the keys' bias is zero but for rounding, so that its own norm means nothing.
+    floor = 1e-3 * max(other.norm().item() for _, other in pairs)
+    return max(relative(mine, other, floor) for mine, other in pairs)
+
+
+def compare(name: str, data: SequenceDataset) -> Row:
+    """Return the largest relative differences of scores, loss and gradients of one model."""
+    ours, theirs = build_pair(name)
+    batch = Histories(data, "test", MAX_LEN).__getitems__(list(range(NUM_USERS)))
+    actual = our_results(ours, batch)
+    expected = recbole_results(theirs, batch, pad_left=name == "SASRec")
     return {
         "model": name,
-        "scores": relative(scores, expected),
-        "loss": relative(loss.detach(), expected_loss.detach()),
-        "gradients": max(gradients),
+        "scores": relative(actual.scores, expected.scores),
+        "loss": relative(actual.loss, expected.loss),
+        "gradients": gradient_difference(ours, theirs),
     }
 
 
-def main() -> None:
-    """Compare both models and print the differences as JSON."""
+def within_tolerance(rows: Iterable[Row]) -> bool:
+    """Whether all differences are rounding errors."""
+    return all(row[key] <= TOLERANCE for row in rows for key in ("scores", "loss", "gradients"))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compare both models; exit with status 1 if they differ."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--data_root", help="ignored: the data is synthetic")
+    parser.parse_args(argv)
     rng = np.random.default_rng(0)
     offsets = np.concatenate([[0], np.cumsum(rng.integers(3, 40, NUM_USERS))])
-    data = SequenceDataset(
-        code="synthetic",
-        item_ids=rng.integers(1, NUM_ITEMS + 1, offsets[-1]).astype(np.int32),
-        offsets=offsets,
-        titles=[""] * (NUM_ITEMS + 1),
-        user_names=[],
-        item_names=[],
-        fingerprint="",
-    )
-    rows = [compare(name, data) for name in ("SASRec", "NARM")]
-    print(json.dumps({"benchmark": "recbole_parity", "device": "cpu", "rows": rows}))
-    if max(value for row in rows for value in row.values() if isinstance(value, float)) > TOLERANCE:
+    items = rng.integers(1, NUM_ITEMS + 1, offsets[-1])
+    data = synthetic_data(items, offsets, NUM_ITEMS)
+    rows = report("recbole_parity", "cpu", (compare(name, data) for name in MODELS))
+    if not within_tolerance(rows):
         sys.exit(1)
 
 

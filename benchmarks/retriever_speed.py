@@ -1,179 +1,192 @@
-"""Training steps and evaluation of the retrievers: jagged batches against plain padded ones.
+"""Speed of the retrievers: jagged batches against plain padded ones, in training and evaluation.
 
-Both run in turn in one process, on the same windows, weights and settings; a step is batch
-assembly, forward, backward, clipping and the optimizer. Ratios of medians; the last line is one
-JSON object.
+Both alternate in one process, with the same windows, weights and settings. A training step is
+batch assembly, forward and backward pass, gradient clipping and the optimizer. Evaluation ranks the
+whole catalogue for one batch of users and takes 20 candidates. Times are medians.
 
 Example:
-    python benchmarks/retriever_speed.py --data_root data --datasets games --models lru sas
+    python -m benchmarks.retriever_speed --data_root data --datasets games --models lru sas
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch.optim import AdamW
 
 from benchmarks import padded
+from benchmarks.common import (
+    DATASETS,
+    Row,
+    add_data_flags,
+    alternating_medians,
+    load_data,
+    make_parser,
+    report,
+    run,
+    update,
+    use_stock_dropout,
+)
 from config import MODEL_CODES, RetrieverConfig, retriever_preset
-from dataloader.retriever import Histories, MaskedWindows, TrainingWindows
-from datasets import SequenceDataset, load_dataset
-from datasets.base import Filters
-from model.layers import Dropout
-from model.losses import linear_cross_entropy
-from model.retriever import build_retriever
-from trainer.loop import build_optimizer
-from trainer.retriever import answer_ranks, catalogue_loss, score_histories
+from dataloader.sequences import Histories, MaskedWindows, TrainingWindows
+from datasets import SequenceDataset
+from evaluation.retrieval import score_catalogue, target_ranks
+from model.base import Retriever, RetrieverSpec
+from model.losses import catalogue_loss, linear_cross_entropy
+from model.registry import build_retriever
+from trainer.optimization import build_optimizer
+
+CPU = torch.device("cpu")
+ADAMW: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.01}
+EPSILON = 1e-9
+NUM_CANDIDATES = 20
 
 
-def interleaved(plain: Callable[[], None], ours: Callable[[], None], rounds: int) -> list[float]:
-    """Median seconds of both, each called once unmeasured and then in turn."""
-    seconds: list[list[float]] = [[], []]
-    for turn in range(rounds + 1):
-        for times, call in zip(seconds, (plain, ours)):
-            started = time.perf_counter()
-            call()
-            if turn:
-                times.append(time.perf_counter() - started)
-    return [statistics.median(times) for times in seconds]
+def time_training(
+    config: RetrieverConfig,
+    windows: TrainingWindows | MaskedWindows,
+    plain_model: Retriever,
+    model: Retriever,
+    batches: list[list[int]],
+) -> list[float]:
+    """Median seconds of a training step, plain and ours.
 
+    Args:
+        config: settings of the training.
+        windows: training examples.
+        plain_model: the model that the plain implementation trains.
+        model: the model that ours trains.
+        batches: numbers of the examples of each step; the first step is the warm-up.
+    """
+    lists = [windows.item_ids[a:b].tolist() for a, b in zip(windows.starts, windows.ends)]
+    precision = getattr(torch, config.loss_precision)
+    cross_entropy = partial(linear_cross_entropy, precision=precision)
+    plain_optimizer = AdamW(plain_model.parameters(), eps=EPSILON, **ADAMW)
+    optimizer = build_optimizer(model, "AdamW", epsilon=EPSILON, paged=False, **ADAMW)
 
-def measure(
-    data: SequenceDataset, config: RetrieverConfig, device: torch.device, rounds: int
-) -> dict:
-    """Times and ratios for one model on one data set."""
-    torch.manual_seed(0)
-    code, max_len, size = config.model_code, config.max_len, config.train_batch_size
-
-    def build() -> nn.Module:
-        return build_retriever(
-            code,
-            num_items=data.num_items,
-            max_len=max_len,
-            hidden_dim=config.hidden_units,
-            num_blocks=config.num_blocks,
-            num_heads=config.num_heads,
-            dropout=config.dropout,
-            attn_dropout=config.attn_dropout,
-        ).to(device)
-
-    loss = partial(linear_cross_entropy, precision=getattr(torch, config.loss_precision))
-    adam = {"lr": 1e-3, "weight_decay": 0.01}
-    plain_model = build()
-    for module in plain_model.modules():
-        if isinstance(module, Dropout):
-            module.__class__ = nn.Dropout  # the plain way drops out as torch does
-    plain_optimizer = torch.optim.AdamW(plain_model.parameters(), eps=1e-9, **adam)
-    model = build()
-    optimizer = build_optimizer(model, "AdamW", epsilon=1e-9, paged=False, **adam)
-    windows = TrainingWindows(data, max_len, 1.0)
-    if code == "bert":
-        windows = MaskedWindows(data, max_len, 1.0, config.mask_prob, 0)
-    lists = [data.item_ids[a:b].tolist() for a, b in zip(windows.starts, windows.ends)]
-    rng = np.random.default_rng(0)
-    batches = [rng.integers(len(windows), size=size).tolist() for _ in range(2 * rounds + 2)]
-    turns = {"plain": iter(batches), "ours": iter(batches)}
-
-    def step(network: nn.Module, update: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-        update.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 5.0)
-        update.step()
-
-    def plain_step() -> None:
-        chosen = [lists[i] for i in next(turns["plain"])]
-        if code == "bert":
-            loss = padded.masked_loss(plain_model, chosen, max_len, config.mask_prob)
+    def plain_step(index: int) -> None:
+        chosen = [lists[number] for number in batches[index]]
+        if config.model_code == "bert":
+            loss = padded.masked_loss(plain_model, chosen, config.max_len, config.mask_prob)
         else:
-            loss = padded.next_item_loss(plain_model, chosen, max_len)
-        step(plain_model, plain_optimizer, loss)
+            loss = padded.next_item_loss(plain_model, chosen, config.max_len)
+        loss.backward()
+        update(plain_model, plain_optimizer, config.max_grad_norm)
 
-    def our_step() -> None:
-        (batch,) = windows.__getitems__(next(turns["ours"]))
-        step(model, optimizer, catalogue_loss(model, batch, loss))
+    def our_step(index: int) -> None:
+        (batch,) = windows.__getitems__(batches[index])
+        catalogue_loss(model, batch, cross_entropy).backward()
+        update(model, optimizer, config.max_grad_norm)
 
-    plain_s, ours_s = interleaved(plain_step, our_step, rounds)
+    return alternating_medians([plain_step, our_step], len(batches) - 1, CPU)
 
+
+def training_windows(
+    data: SequenceDataset, config: RetrieverConfig
+) -> TrainingWindows | MaskedWindows:
+    """Return the training examples of the model."""
+    if config.model_code == "bert":
+        return MaskedWindows(data, config.max_len, 1.0, config.mask_prob, 0)
+    return TrainingWindows(data, config.max_len, 1.0)
+
+
+def time_evaluation(
+    data: SequenceDataset, plain_model: Retriever, model: Retriever, batches: list[list[int]]
+) -> list[float]:
+    """Median seconds of an evaluation batch, plain and ours; ``batches`` holds users."""
     plain_model.eval()
     model.eval()
-    histories = padded.sequences(data, "test")
-    answers = data.answers("test").tolist()
-    mask_token = data.num_items + 1 if code == "bert" else None
-    evaluation = Histories(data, "test", max_len, mask_token)
-    users = [rng.integers(data.num_users, size=size).tolist() for _ in range(2 * rounds + 2)]
-    turns = {"plain": iter(users), "ours": iter(users)}
+    max_len = model.spec.max_len
+    lists, targets = padded.histories(data, "test"), data.targets("test").tolist()
+    histories = Histories(data, "test", max_len, model.spec.mask_token)
 
-    def plain_evaluation() -> None:
-        chosen = next(turns["plain"])
+    def plain_evaluation(index: int) -> None:
+        users = batches[index]
         padded.evaluate(
-            plain_model,
-            [histories[u] for u in chosen],
-            [answers[u] for u in chosen],
-            max_len,
-            code != "bert",
+            plain_model, [lists[u] for u in users], [targets[u] for u in users], max_len
         )
 
     @torch.inference_mode()
-    def our_evaluation() -> None:
-        batch = evaluation.__getitems__(next(turns["ours"]))
-        scores = score_histories(model, batch, mask_history=True)
-        torch.topk(scores[:, 1:], 20)
-        answer_ranks(scores, batch["answers"])
+    def our_evaluation(index: int) -> None:
+        batch = histories.__getitems__(batches[index])
+        scores = score_catalogue(model, batch, mask_history=True)
+        torch.topk(scores[:, 1:], NUM_CANDIDATES)
+        target_ranks(scores, batch["targets"])
 
-    plain_eval_s, ours_eval_s = interleaved(plain_evaluation, our_evaluation, rounds)
+    return alternating_medians([plain_evaluation, our_evaluation], len(batches) - 1, CPU)
+
+
+def measure(data: SequenceDataset, config: RetrieverConfig, rounds: int) -> Row:
+    """Times and ratios of one model on one data set."""
+    torch.manual_seed(0)
+    spec = RetrieverSpec.from_settings(config.as_dict() | {"num_items": data.num_items})
+    model, plain_model = build_retriever(spec), build_retriever(spec)
+    plain_model.load_state_dict(model.state_dict())
+    use_stock_dropout(plain_model)
+    rng = np.random.default_rng(0)
+
+    def draw(high: int) -> list[list[int]]:
+        size = config.train_batch_size
+        return [rng.integers(high, size=size).tolist() for _ in range(rounds + 1)]
+
+    windows = training_windows(data, config)
+    plain_step, step = time_training(config, windows, plain_model, model, draw(len(windows)))
+    plain_eval, evaluation = time_evaluation(data, plain_model, model, draw(data.num_users))
     return {
         "dataset": data.code,
-        "model": code,
+        "model": config.model_code,
         "threads": torch.get_num_threads(),
-        "plain_step_ms": round(1e3 * plain_s, 2),
-        "step_ms": round(1e3 * ours_s, 2),
-        "step_ratio": round(plain_s / ours_s, 2),
-        "plain_eval_ms": round(1e3 * plain_eval_s, 2),
-        "eval_ms": round(1e3 * ours_eval_s, 2),
-        "eval_ratio": round(plain_eval_s / ours_eval_s, 2),
+        "plain_step_ms": round(1e3 * plain_step, 2),
+        "step_ms": round(1e3 * step, 2),
+        "step_ratio": round(plain_step / step, 2),
+        "plain_eval_ms": round(1e3 * plain_eval, 2),
+        "eval_ms": round(1e3 * evaluation, 2),
+        "eval_ratio": round(plain_eval / evaluation, 2),
     }
 
 
-def main() -> None:
-    """Measure what the flags name and print a line each, then all as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data_root", default="data")
-    parser.add_argument("--cache_root", default="data/cache")
-    parser.add_argument("--datasets", nargs="+", default=["ml-100k", "beauty", "games"])
-    parser.add_argument("--models", nargs="+", default=list(MODEL_CODES), choices=MODEL_CODES)
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--preset", default="paper", choices=("paper", "tuned"), help="sizes")
-    parser.add_argument("--loss_precision", default="float32", choices=("float32", "bfloat16"))
-    flags = parser.parse_args()
-    rows = []
+def measure_all(flags: argparse.Namespace) -> Iterator[Row]:
+    """Measure each data set, model and number of threads."""
     for code in flags.datasets:
-        data = load_dataset(
-            code, data_root=flags.data_root, cache_root=flags.cache_root, filters=Filters()
-        )
+        data = load_data(code, flags)
         for model_code in flags.models:
+            chosen = {"dataset_code": code, "model_code": model_code, "preset": flags.preset}
+            config = RetrieverConfig(
+                **retriever_preset(chosen), **chosen, loss_precision=flags.loss_precision
+            )
             for threads in flags.threads:
                 torch.set_num_threads(threads)
-                given = {"dataset_code": code, "model_code": model_code, "preset": flags.preset}
-                config = RetrieverConfig(
-                    **retriever_preset(given), **given, loss_precision=flags.loss_precision
-                )
-                rows.append(measure(data, config, torch.device("cpu"), flags.rounds))
-                print(rows[-1], file=sys.stderr)
-    about = {"benchmark": "retriever_speed", "device": "cpu", "preset": flags.preset}
-    print(json.dumps(about | {"loss_precision": flags.loss_precision, "rows": rows}))
+                yield measure(data, config, flags.rounds)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what the flags select."""
+    parser = make_parser(__doc__)
+    add_data_flags(parser)
+    parser.add_argument(
+        "--datasets", nargs="+", default=["ml-100k", "beauty", "games"], choices=DATASETS
+    )
+    parser.add_argument("--models", nargs="+", default=list(MODEL_CODES), choices=MODEL_CODES)
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=20, help="measured batches (default: 20)")
+    parser.add_argument(
+        "--preset", default="paper", choices=("paper", "tuned"), help="recipe of the model"
+    )
+    parser.add_argument("--loss_precision", default="float32", choices=("float32", "bfloat16"))
+    flags = parser.parse_args(argv)
+    report(
+        "retriever_speed",
+        "cpu",
+        measure_all(flags),
+        preset=flags.preset,
+        loss_precision=flags.loss_precision,
+    )
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,136 +1,201 @@
-"""What a step of the retriever costs against catalogue size, sequence length and number of users.
+"""Cost of a retriever's step by catalogue size, sequence length and number of users.
 
-A row is a process of its own on synthetic data: LRURec in the paper's size, 64 sequences a step.
-``catalogue`` scores the whole catalogue in training, ``catalogue, sampled`` 1,024 negatives;
-``evaluation`` ranks the whole catalogue for 64 users. ``peak_mib`` is the most memory the process
-held less what it held before the model was built; ``scores_mib`` what the scores of all positions
-at once would take (N x V floats). On the CPU the optimizer's state, the gradients and the weights
-grow with V x D as they must.
+Each row is measured in its own process, on synthetic data with LRURec in the paper's size and 64
+sequences per step. Stages: ``catalogue`` and ``catalogue, sampled`` train on the whole catalogue
+and on 1,024 negatives, for several catalogue sizes; ``evaluation`` ranks the whole catalogue for 64
+users; ``length`` and ``users`` train on longer sequences and on more users. ``peak_mib`` is the
+peak memory of the process beyond what it used before the model was built. ``scores_mib`` is what
+the scores of all positions would take (N x V floats). On the CPU, weights, gradients and optimizer
+state grow with V x D, as they must.
 
 Example:
-    python benchmarks/scale.py --device cpu
+    python -m benchmarks.scale --device cpu
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
-import statistics
-import sys
-import time
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from torch.optim import Optimizer
 
+from benchmarks.common import (
+    Row,
+    add_device_flag,
+    alternating_medians,
+    make_parser,
+    report,
+    run,
+    synthetic_data,
+    update,
+)
 from benchmarks.memory import in_own_process, peak_mib, rss_mib
+from config import RetrieverConfig
+from dataloader.sequences import Histories, TrainingWindows
+from datasets import SequenceDataset
+from evaluation.retrieval import score_catalogue, target_ranks
+from model.base import Retriever, RetrieverSpec
+from model.losses import CatalogueLoss, SampledCrossEntropy, catalogue_loss, linear_cross_entropy
+from model.registry import build_retriever
+from trainer.optimization import build_optimizer
 
 BATCH_SIZE = 64
+NUM_NEGATIVES = 1024
+NUM_CANDIDATES = 20
+MAX_GRAD_NORM = 5.0
+CATALOGUE_STAGES = ("catalogue", "catalogue, sampled", "evaluation")
 CATALOGUES = (1_000, 10_000, 100_000, 1_000_000)
 LENGTHS = (10, 30, 100, 300, 1_000)
 USERS = (1_000, 10_000, 100_000, 1_000_000)
+Step = Callable[[int], None]
 
 
-def measure(
-    stage: str, size: int, num_items: int, length: int, num_users: int, device: str, steps: int
-) -> dict:
-    """One row: median seconds of a step, and memory."""
-    import numpy as np
-    import torch
-    from accelerate.utils import send_to_device
+class Case(NamedTuple):
+    """What one row measures.
 
-    from dataloader.retriever import Histories, TrainingWindows
-    from datasets.base import SequenceDataset
-    from model.losses import SampledCrossEntropy, linear_cross_entropy
-    from model.lru import LRURec
-    from trainer.loop import build_optimizer
-    from trainer.retriever import answer_ranks, catalogue_loss, score_histories
+    Attributes:
+        stage: see the module's docstring.
+        size: the size that the stage varies.
+        num_items: V, size of the catalogue.
+        length: items that the model reads of each user.
+        num_users: number of users.
+    """
 
-    rng = np.random.default_rng(0)
-    total = num_users * (length + 2)
+    stage: str
+    size: int
+    num_items: int
+    length: int
+    num_users: int
+
+
+def cases(largest: int) -> list[Case]:
+    """List all rows with catalogues and numbers of users up to ``largest``."""
+    catalogues = [size for size in CATALOGUES if size <= largest]
+    users = [size for size in USERS if size <= largest]
+    return [
+        *(Case(stage, n, n, 10, 10_000) for stage in CATALOGUE_STAGES for n in catalogues),
+        *(Case("length", n, 10_000, n, 1_000) for n in LENGTHS),
+        *(Case("users", n, 10_000, 10, n) for n in users),
+    ]
+
+
+def make_data(case: Case, rng: np.random.Generator) -> SequenceDataset:
+    """Draw random sequences of ``length`` items and two held-out ones per user."""
+    size = case.length + 2
+    total = case.num_users * size
     # Popularity falls with rank, as in real catalogues.
-    items = 1 + np.minimum(rng.zipf(1.3, total) - 1, num_items - 1).astype(np.int32)
-    data = SequenceDataset(
-        code="synthetic",
-        item_ids=items,
-        offsets=np.arange(0, total + 1, length + 2, dtype=np.int64),
-        titles=[""] * (num_items + 1),
-        user_names=[],
-        item_names=[],
-        fingerprint="",
-    )
+    items = 1 + np.minimum(rng.zipf(1.3, total) - 1, case.num_items - 1).astype(np.int32)
+    return synthetic_data(items, np.arange(0, total + 1, size), case.num_items)
+
+
+def build_model(case: Case, device: torch.device) -> Retriever:
+    """Build LRURec in the paper's size."""
+    sizes = {"num_items": case.num_items, "max_len": case.length}
+    spec = RetrieverSpec.from_settings(RetrieverConfig().as_dict() | sizes)
+    torch.manual_seed(0)
+    return build_retriever(spec).to(device)
+
+
+def training_step(
+    case: Case,
+    data: SequenceDataset,
+    model: Retriever,
+    optimizer: Optimizer,
+    rng: np.random.Generator,
+) -> Step:
+    """Return a function that takes one training step on random windows."""
+    device = model.item_embeddings.device
+    windows = TrainingWindows(data, case.length, 1.0)
+    cross_entropy: CatalogueLoss = linear_cross_entropy
+    if case.stage == "catalogue, sampled":
+        cross_entropy = SampledCrossEntropy(data.training_counts(), NUM_NEGATIVES, device)
+    model.train()
+
+    def step(_: int) -> None:
+        (batch,) = windows.__getitems__(rng.integers(len(windows), size=BATCH_SIZE).tolist())
+        catalogue_loss(model, send_to_device(batch, device), cross_entropy).backward()
+        update(model, optimizer, MAX_GRAD_NORM)
+
+    return step
+
+
+def evaluation_step(
+    case: Case, data: SequenceDataset, model: Retriever, rng: np.random.Generator
+) -> Step:
+    """Return a function that ranks the catalogue for random users."""
+    device = model.item_embeddings.device
+    histories = Histories(data, "test", case.length)
+    model.eval()
+
+    @torch.inference_mode()
+    def step(_: int) -> None:
+        users = rng.integers(data.num_users, size=BATCH_SIZE).tolist()
+        batch: dict[str, Any] = send_to_device(histories.__getitems__(users), device)
+        scores = score_catalogue(model, batch, mask_history=True)
+        torch.topk(scores, NUM_CANDIDATES)
+        target_ranks(scores, batch["targets"])
+
+    return step
+
+
+def measure(case: Case, device: torch.device, steps: int) -> Row:
+    """Median seconds of a step, and memory; to be called in a process of its own."""
+    rng = np.random.default_rng(0)
+    data = make_data(case, rng)
     gc.collect()
     before = rss_mib()
-    torch.manual_seed(0)
-    model = LRURec(num_items).to(device)
-    windows, histories = TrainingWindows(data, length, 1.0), Histories(data, "test", length)
-    cross_entropy = linear_cross_entropy
-    if stage == "catalogue, sampled":
-        cross_entropy = SampledCrossEntropy(data.training_counts(), 1024, device)
+    model = build_model(case, device)
+    # In evaluation as well: torch imports modules for it, which are not a cost of training steps.
     optimizer = build_optimizer(
         model, "AdamW", lr=1e-3, weight_decay=0.01, epsilon=1e-9, paged=False
     )
-    positions = 0
-
-    def train() -> None:
-        nonlocal positions
-        (batch,) = windows.__getitems__(rng.integers(len(windows), size=BATCH_SIZE).tolist())
-        positions = len(batch["labels"])
-        catalogue_loss(model, send_to_device(batch, device), cross_entropy).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    @torch.inference_mode()
-    def evaluate() -> None:
-        nonlocal positions
-        users = rng.integers(num_users, size=BATCH_SIZE).tolist()
-        batch = send_to_device(histories.__getitems__(users), device)
+    positions = BATCH_SIZE * case.length
+    if case.stage == "evaluation":
         positions = BATCH_SIZE
-        scores = score_histories(model, batch, mask_history=True)
-        torch.topk(scores, 20)
-        answer_ranks(scores, batch["answers"])
-
-    model.train(stage != "evaluation")
-    step = evaluate if stage == "evaluation" else train
-    seconds = []
-    for _ in range(steps + 1):  # the first one warms up
-        start = time.perf_counter()
-        step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    held = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else None
+        step = evaluation_step(case, data, model, rng)
+    else:
+        step = training_step(case, data, model, optimizer, rng)
+    (median,) = alternating_medians([step], steps, device)
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        peak = peak_mib() - before
     return {
-        "stage": stage,
-        "size": size,
-        "seconds": round(statistics.median(seconds[1:]), 5),
-        "peak_mib": round(peak_mib() - before if held is None else held, 1),
-        "scores_mib": round(positions * num_items * 4 / 2**20, 1),
+        "stage": case.stage,
+        "size": case.size,
+        "seconds": round(median, 5),
+        "peak_mib": round(peak, 1),
+        "scores_mib": round(positions * case.num_items * 4 / 2**20, 1),
     }
 
 
-def main() -> None:
-    """Measure every curve and print a line a row, then all as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data_root", help="of no use here: the data are synthetic")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--steps", type=int, default=5, help="steps a row (default: 5)")
-    parser.add_argument("--largest", type=int, default=10**6, help="largest catalogue, most users")
-    flags = parser.parse_args()
-    catalogues = [n for n in CATALOGUES if n <= flags.largest]
-    cells = [
-        *((stage, n, n, 10, 10_000) for stage in ("catalogue", "catalogue, sampled", "evaluation")
-          for n in catalogues),
-        *(("length", n, 10_000, n, 1_000) for n in LENGTHS),
-        *(("users", n, 10_000, 10, n) for n in USERS if n <= flags.largest),
-    ]  # fmt: skip
-    rows = []
-    for cell in cells:
-        rows.append(in_own_process(measure, *cell, flags.device, flags.steps))
-        print(rows[-1], file=sys.stderr, flush=True)
-    print(json.dumps({"benchmark": "scale", "device": flags.device, "rows": rows}))
+def measure_all(flags: argparse.Namespace) -> Iterator[Row]:
+    """Measure every row in its own process."""
+    device = torch.device(flags.device)
+    for case in cases(flags.largest):
+        yield in_own_process(measure, case, device, flags.steps)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what the flags select."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--data_root", help="ignored: the data is synthetic")
+    add_device_flag(parser)
+    parser.add_argument("--steps", type=int, default=5, help="steps per row (default: 5)")
+    parser.add_argument(
+        "--largest",
+        type=int,
+        default=10**6,
+        help="largest catalogue and number of users (default: 1000000)",
+    )
+    flags = parser.parse_args(argv)
+    report("scale", flags.device, measure_all(flags))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,1 +1,1 @@
-"""Batches for both stages, made when they are needed."""
+"""Batches of both stages, assembled on demand."""

@@ -1,9 +1,18 @@
-"""The retriever's candidates on disk: the contract between the two stages.
+"""The retriever's candidates on disk, the interface between the two stages.
 
-``candidates.npz`` holds, for the splits ``val`` and ``test``: ``*_items`` (users, k) int32, best
-first; ``*_scores`` (users, k) float32; ``*_labels`` (users,) int32, the held-out items; and
-``*_label_ranks`` (users,) int32, the 1-based rank of the held-out item in the whole catalogue.
-``fingerprint`` names the data set they belong to. It loads without pickle.
+``candidates.npz`` holds these arrays for each of the splits ``val`` and ``test``, prefixed with the
+split's name and an underscore, and the ``fingerprint`` of the data set:
+
+=============== ============ ======= ============================================================
+name            shape        type    values
+=============== ============ ======= ============================================================
+``items``       (users, k)   int32   item ids of the candidates, best first
+``scores``      (users, k)   float32 their scores
+``labels``      (users,)     int32   targets, the held-out items
+``label_ranks`` (users,)     int32   rank of the target in the whole catalogue, from 1
+=============== ============ ======= ============================================================
+
+The file loads without pickle. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -13,16 +22,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import UserError
-from datasets import SequenceDataset
-from storage import atomic_path, read_arrays, reading
+from datasets.base import SequenceDataset
+from errors import InputError
+from storage import read_arrays, reading, write_arrays
 
+CANDIDATES_FILE = "candidates.npz"
 SPLITS = ("val", "test")
-FILE_NAME = "candidates.npz"
 
 
 class Candidates(NamedTuple):
-    """Candidates of all users in one split; shapes as in the module's docstring."""
+    """Candidates of all users in one split; the module's docstring describes the arrays."""
 
     items: np.ndarray
     scores: np.ndarray
@@ -31,48 +40,55 @@ class Candidates(NamedTuple):
 
     @property
     def retrieved(self) -> np.ndarray:
-        """(n,) the users whose answer is among their candidates."""
+        """(n,) users whose target is among their candidates, in ascending order."""
         return np.flatnonzero((self.items == self.labels[:, None]).any(axis=1))
 
 
 def save_candidates(path: Path, splits: dict[str, Candidates], fingerprint: str) -> None:
-    """Write the candidates of both splits, whole or not at all."""
-    arrays = {f"{s}_{name}": x for s, c in splits.items() for name, x in c._asdict().items()}
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, fingerprint=np.array(fingerprint), **arrays)
+    """Write the candidates of all splits, complete or not at all.
+
+    Args:
+        path: the file.
+        splits: candidates by split.
+        fingerprint: fingerprint of the data set.
+    """
+    arrays = {
+        f"{split}_{name}": array
+        for split, candidates in splits.items()
+        for name, array in candidates._asdict().items()
+    }
+    write_arrays(path, fingerprint=np.array(fingerprint), **arrays)
 
 
 def load_candidates(path: Path, data: SequenceDataset) -> dict[str, Candidates]:
-    """Read candidates and check every value against the data set.
+    """Read candidates and check all values against the data set.
+
+    Returns:
+        Candidates by split.
 
     Raises:
-        UserError: the file is missing, damaged, edited, or belongs to other data.
+        InputError: the file is missing, damaged or inconsistent, or belongs to other data.
     """
     if not path.exists():
-        raise UserError(
-            f"{path} does not exist: --llm_retrieved_path must name a folder that "
-            "train_retriever.py has finished"
-        )
-    with reading(path, "run train_retriever.py again"):
+        raise InputError(f"{path} does not exist")
+    with reading(path):
         arrays = read_arrays(path)
         fingerprint = str(arrays.pop("fingerprint"))
         splits = {
-            s: Candidates(*(arrays[f"{s}_{name}"] for name in Candidates._fields)) for s in SPLITS
+            split: Candidates(*(arrays[f"{split}_{name}"] for name in Candidates._fields))
+            for split in SPLITS
         }
     if fingerprint != data.fingerprint:
-        raise UserError(
-            f"{path} belongs to another data set than {data.code} or to other filters: "
-            "run train_retriever.py with the same --dataset_code, --data_root, --min_* flags"
-        )
+        raise InputError(f"{path} belongs to other data than {data.code}, or to other filters")
     for split, candidates in splits.items():
-        problem = _problem(candidates, data, split)
+        problem = _format_problem(candidates, data) or _value_problem(candidates, data, split)
         if problem:
-            raise UserError(f"{path}: {split} {problem}: run train_retriever.py again")
+            raise InputError(f"{path}: {split} {problem}")
     return splits
 
 
-def _problem(candidates: Candidates, data: SequenceDataset, split: str) -> str | None:
-    """What is wrong with a split's arrays, or None."""
+def _format_problem(candidates: Candidates, data: SequenceDataset) -> str | None:
+    """Return what is wrong with the shapes and types of a split's arrays, or None."""
     items, scores, labels, label_ranks = candidates
     users = data.num_users
     if items.ndim != 2 or items.shape[0] != users or items.shape[1] < 2:
@@ -85,18 +101,22 @@ def _problem(candidates: Candidates, data: SequenceDataset, split: str) -> str |
         return "items, labels and label ranks must be integers"
     if not np.issubdtype(scores.dtype, np.floating):
         return "scores must be floating-point numbers"
+    return None
+
+
+def _value_problem(candidates: Candidates, data: SequenceDataset, split: str) -> str | None:
+    """Return what is wrong with the values of a split's arrays, or None."""
+    items, scores, labels, label_ranks = candidates
     if items.min() < 1 or items.max() > data.num_items:
         return f"items must be from 1 to {data.num_items}"
     if (np.diff(np.sort(items, axis=1), axis=1) == 0).any():
-        return "items hold one item twice for a user"
+        return "items contain the same item twice for a user"
     if np.isnan(scores).any() or (np.diff(scores, axis=1) > 0).any():
         return "scores do not descend"
-    if (labels != data.answers(split)).any():
+    if (labels != data.targets(split)).any():
         return "labels are not the held-out items"
     if label_ranks.min() < 1 or label_ranks.max() > data.num_items:
         return f"label ranks must be from 1 to {data.num_items}"
-    retrieved = np.zeros(users, dtype=bool)
-    retrieved[candidates.retrieved] = True
-    if ((label_ranks > items.shape[1]) & retrieved).any():
+    if (label_ranks[candidates.retrieved] > items.shape[1]).any():
         return "label ranks disagree with the items"
     return None

@@ -1,18 +1,29 @@
-"""The ranking prompt (LlamaRec, section 3.2.2) as text and as token ids, and its index labels.
+r"""The ranking prompt as text and as token ids (LlamaRec, section 3.2.2).
+
+::
 
     ### Instruction:
     Given user history in chronological order, recommend ...
 
     ### Input:
-    User history: (1) Toy Story (1995) \\n (2) ...; \\n Candidate pool: (A) Heat (1995) \\n (B) ...
+    User history: (1) Toy Story (1995) \n (2) ...; \n Candidate pool: (A) Heat (1995) \n (B) ...
 
     ### Response:
     A
 
-Tokenising every prompt as text repeats the same titles thousands of times. Here each title is
-tokenised once and prompts are put together from token ids. The pieces meet only where a space
-follows another character; no token of the tokenizers in use reaches across such a place, so that
-the ids equal those of the whole text (``tests/test_prompt.py`` checks it on real titles).
+The titles of a data set occur in prompts over and over. Each is tokenized once, and a prompt is a
+concatenation of token ids, for a history h of m items and k candidates c::
+
+    begin  title(h1) number(2) title(h2) ... number(m) last_in_history(hm)
+           title(c1) letter(2) title(c2) ... letter(k) last_candidate(ck)
+
+``begin`` ends with "(1)", ``last_in_history`` is a title followed by the text up to "(A)", and
+``last_candidate`` is a title followed by the text up to the response. Every piece but the first
+starts with a space and follows a character other than a space. If no token of the tokenizer extends
+across such a boundary, the concatenation equals the token ids of the whole text. This holds for the
+tokenizers of Llama 2 and SmolLM2 (``tests/dataloader/test_prompt.py`` checks it on real titles).
+
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -23,20 +34,27 @@ from collections.abc import Sequence
 import numpy as np
 from tokenizers import Tokenizer
 
-from config import UserError
+from errors import ArgumentError
 
-LABELS = string.ascii_uppercase + string.ascii_lowercase + string.digits
-RESPONSE_TOKENS = 2  # the label and the end of the sequence
+LETTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits
+ItemIds = Sequence[int] | np.ndarray
+RESPONSE_TOKENS = 2  # the letter and the end of the sequence
 
 _HEAD = "### Instruction:\n{instruction}\n\n### Input:\n"
 _TAIL = "\n\n### Response:\n"
 _JOIN = " \n"
-_ANCHOR = ")"  # what stands before a piece while it is tokenised
+_ANCHOR = ")"  # precedes a piece while it is tokenized
 
 
 def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[str]) -> list[np.ndarray]:
-    """Token ids of pieces as they are in a text, where each begins with a space and follows
-    another character.
+    """Tokenize pieces of a text as they are within it.
+
+    Args:
+        tokenizer: tokenizer without padding or truncation.
+        pieces: pieces that start with a space and follow a character other than a space.
+
+    Returns:
+        (length,) int64 token ids of each piece, without special tokens.
     """
     anchor = tokenizer.encode(_ANCHOR, add_special_tokens=False).ids
     texts = [_ANCHOR + piece for piece in pieces]
@@ -45,19 +63,26 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[str]) -> list[np.ndarra
 
 
 class PromptBuilder:
-    """Builds prompts for one data set with one tokenizer.
+    """Build ranking prompts for a data set and a tokenizer.
 
     Args:
-        tokenizer: the LM's tokenizer.
-        titles: titles[i] is item i's title; titles[0] belongs to no item.
-        instruction: what the LM is to do.
-        input_template: the input with ``{}`` for the history and for the candidates.
-        num_candidates: most candidates in a prompt.
-        max_title_len: longest title in tokens; a longer one is cut.
-        max_text_len: longest prompt in tokens, its answer included; the oldest history goes first.
+        tokenizer: tokenizer of the language model; special tokens in titles become plain text.
+        titles: title of each item; item 0 is padding.
+        instruction: the task.
+        input_template: the input, with one ``{}`` for the history and one for the candidates.
+        num_candidates: maximum number of candidates in a prompt.
+        max_title_len: maximum number of tokens in a title; longer titles are cut.
+        max_text_len: maximum number of tokens in a prompt with its response; if it is exceeded, the
+            oldest items of the history are dropped.
+
+    Attributes:
+        letters: letters of the candidates, in order.
+        letter_ids: (num_candidates,) int64, their token ids.
+        titles: titles as cut.
 
     Raises:
-        UserError: the tokenizer has too few labels, or a prompt cannot be short enough.
+        ArgumentError: the tokenizer has fewer than ``num_candidates`` letters of one token, or
+            ``max_text_len`` is too small for some prompt with a history of one item.
     """
 
     def __init__(
@@ -72,123 +97,137 @@ class PromptBuilder:
         max_text_len: int = 1536,
     ) -> None:
         self.tokenizer = tokenizer
-        self.tokenizer.encode_special_tokens = True  # a title's "</s>" is text, not an end
+        self.tokenizer.encode_special_tokens = True  # "</s>" in a title does not end the sequence
         self.max_text_len = max_text_len
         self.before, self.between, self.after = input_template.split("{}")
         self.head = _HEAD.format(instruction=instruction) + self.before
-        self.label_ids = self._label_ids(num_candidates)
-        self.labels = LABELS[:num_candidates]
-
-        self.titles = ["", *self._shorten(titles[1:], max_title_len)]
-        plain = [f" {title}" for title in self.titles]
-        self._title = encode_pieces(tokenizer, plain)
-        self._last_of_history = encode_pieces(tokenizer, [f"{x}{self.between}(A)" for x in plain])
-        self._last_candidate = encode_pieces(tokenizer, [f"{x}{self.after}{_TAIL}" for x in plain])
-        self._begin = np.array(tokenizer.encode(f"{self.head}(1)").ids, dtype=np.int64)
-        self._number = encode_pieces(tokenizer, [f"{_JOIN} ({n})" for n in range(1, max_text_len)])
-        self._letter = encode_pieces(tokenizer, [f"{_JOIN} ({label})" for label in self.labels])
+        self.letters = LETTERS[:num_candidates]
+        self.letter_ids = self._find_letter_ids(num_candidates)
+        self.titles = ["", *self._cut(titles[1:], max_title_len)]
+        self._prepare_pieces()
         self._check_length()
 
-    def _shorten(self, titles: Sequence[str], max_title_len: int) -> list[str]:
-        """Titles cut to the limit, at the start of the first token too many, but for the first
-        character, which stays however many tokens it takes.
+    def _prepare_pieces(self) -> None:
+        """Tokenize all pieces of prompts, indexed by item, number or letter."""
+        begin = self.tokenizer.encode(f"{self.head}(1)").ids  # with the special tokens at the start
+        titles = [f" {title}" for title in self.titles]
+        last_in_history = [f"{title}{self.between}(A)" for title in titles]
+        last_candidate = [f"{title}{self.after}{_TAIL}" for title in titles]
+        numbers = [f"{_JOIN} ({n})" for n in range(1, self.max_text_len)]
+        letters = [f"{_JOIN} ({letter})" for letter in self.letters]
+        self._begin = np.array(begin, dtype=np.int64)
+        self._title_ids = encode_pieces(self.tokenizer, titles)
+        self._last_in_history = encode_pieces(self.tokenizer, last_in_history)
+        self._last_candidate = encode_pieces(self.tokenizer, last_candidate)
+        self._number_ids = encode_pieces(self.tokenizer, numbers)
+        self._joined_letter_ids = encode_pieces(self.tokenizer, letters)
+
+    def _cut(self, titles: Sequence[str], max_title_len: int) -> list[str]:
+        """Cut titles where the first token beyond the limit starts.
+
+        The first character is kept even if it has more tokens. A cut can change the tokens before
+        it, so cuts are repeated until all titles fit.
         """
-        shortened = list(titles)
+        cut_titles = list(titles)
         anchor = self.tokenizer.encode(_ANCHOR, add_special_tokens=False).ids
         limit = len(anchor) + max_title_len
-        least = len(_ANCHOR) + 2  # with the space and the first character
-        pending = range(len(shortened))
+        min_length = len(_ANCHOR) + 2  # a space and one character
+        pending: Sequence[int] = range(len(cut_titles))
         while pending:
-            texts = [f"{_ANCHOR} {shortened[i]}" for i in pending]
+            texts = [f"{_ANCHOR} {cut_titles[i]}" for i in pending]
             encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-            long = []
+            too_long = []
             for i, text, encoding in zip(pending, texts, encodings):
-                if len(encoding.ids) > limit and len(text) > least:
-                    cut = max(encoding.offsets[limit][0], least)
-                    shortened[i] = text[:cut][len(_ANCHOR) :].strip()
-                    long.append(i)
-            pending = long
-        return shortened
+                if len(encoding.ids) > limit and len(text) > min_length:
+                    end = max(encoding.offsets[limit][0], min_length)
+                    cut_titles[i] = text[:end][len(_ANCHOR) :].strip()
+                    too_long.append(i)
+            pending = too_long
+        return cut_titles
 
-    def _label_ids(self, num_candidates: int) -> np.ndarray:
-        """Token ids of the labels as they follow the response heading.
+    def _find_letter_ids(self, num_candidates: int) -> np.ndarray:
+        """Return the (num_candidates,) token ids of the letters as they follow the heading.
 
-        Which token is "A" depends on what stands before it, so the heading is tokenised with each
-        label. Each must add one token, and all must differ.
+        The token of a letter depends on the characters before it, so each letter is tokenized after
+        the response heading. It must add exactly one token, different from that of other letters.
         """
-        usable = len(LABELS)
         context = f"{_ANCHOR}{_TAIL}"
-        ids = self.tokenizer.encode(context, add_special_tokens=False).ids
-        answers: list[int] = []
-        for place, label in enumerate(LABELS):
-            extended = self.tokenizer.encode(context + label, add_special_tokens=False).ids
-            if extended[:-1] != ids or extended[-1] in answers:
-                usable = place
+        context_ids = self.tokenizer.encode(context, add_special_tokens=False).ids
+        letter_ids: list[int] = []
+        for letter in LETTERS:
+            ids = self.tokenizer.encode(context + letter, add_special_tokens=False).ids
+            if ids[:-1] != context_ids or ids[-1] in letter_ids:
                 break
-            answers.append(extended[-1])
-        if num_candidates > usable:
-            raise UserError(
-                f"{num_candidates} candidates, but this tokenizer has {usable} labels of one "
-                "token: lower --num_candidates of the retriever and --llm_negative_sample_size"
+            letter_ids.append(ids[-1])
+        if num_candidates > len(letter_ids):
+            raise ArgumentError(
+                "num_candidates",
+                num_candidates,
+                f"the tokenizer has only {len(letter_ids)} one-token letters",
             )
-        return np.array(answers[:num_candidates], dtype=np.int64)
+        return np.array(letter_ids[:num_candidates], dtype=np.int64)
 
     def _check_length(self) -> None:
-        """Refuse limits under which some prompt could not fit even with a single history item."""
-        longest = sorted((len(ids) for ids in self._title), reverse=True)
-        ends = max(map(len, self._last_candidate)) + max(map(len, self._last_of_history))
-        worst = len(self._begin) + ends + sum(longest[: len(self.labels)])
-        worst += sum(map(len, self._letter)) + RESPONSE_TOKENS
-        if worst > self.max_text_len:
-            raise UserError(
-                f"--llm_max_text_len {self.max_text_len}: a prompt with {len(self.labels)} "
-                f"candidates can take {worst} tokens; raise it or lower --llm_max_title_len"
+        """Check that all prompts with a history of one item are short enough."""
+        lengths = sorted((len(ids) for ids in self._title_ids), reverse=True)
+        longest = len(self._begin)
+        longest += max(map(len, self._last_in_history)) + max(map(len, self._last_candidate))
+        longest += sum(lengths[: len(self.letters)])
+        longest += sum(map(len, self._joined_letter_ids)) + RESPONSE_TOKENS
+        if longest > self.max_text_len:
+            raise ArgumentError(
+                "max_text_len",
+                self.max_text_len,
+                f"a prompt with {len(self.letters)} candidates can take {longest} tokens",
             )
 
-    def text(self, history: Sequence[int], candidates: Sequence[int]) -> str:
-        """The prompt as text, without the history that ``max_text_len`` leaves out."""
+    def text(self, history: ItemIds, candidates: ItemIds) -> str:
+        """Return the prompt as text; arguments as in ``encode``."""
         history = self._fit(history, candidates)
 
-        def listed(items: Sequence[int], indices: Sequence[object]) -> str:
+        def listed(items: ItemIds, indices: Sequence[object]) -> str:
             lines = (f"({index}) {self.titles[item]}" for index, item in zip(indices, items))
             return f"{_JOIN} ".join(lines)
 
         numbers = range(1, len(history) + 1)
         return (
             f"{self.head}{listed(history, numbers)}{self.between}"
-            f"{listed(candidates, self.labels)}{self.after}{_TAIL}"
+            f"{listed(candidates, self.letters)}{self.after}{_TAIL}"
         )
 
-    def encode(self, history: Sequence[int], candidates: Sequence[int]) -> np.ndarray:
-        """The prompt's token ids up to and including the response heading.
+    def encode(self, history: ItemIds, candidates: ItemIds) -> np.ndarray:
+        """Return the token ids of the prompt, up to and including the response heading.
 
         Args:
-            history: item ids, oldest first, at least one.
-            candidates: item ids in the order of their labels.
+            history: at least one item id, oldest first.
+            candidates: item ids in the order of their letters.
 
         Returns:
-            (length,) int64, with the special tokens that the tokenizer puts first.
+            (length,) int64, with the special tokens that the tokenizer puts at the start.
         """
         history = self._fit(history, candidates)
         pieces = [self._begin]
-        for place, item in enumerate(history[:-1]):
-            pieces += [self._title[item], self._number[place + 1]]
-        pieces.append(self._last_of_history[history[-1]])
-        for place, item in enumerate(candidates[:-1]):
-            pieces += [self._title[item], self._letter[place + 1]]
+        numbers = self._number_ids[1 : len(history)]
+        for item, number in zip(history[:-1], numbers, strict=True):
+            pieces += [self._title_ids[item], number]
+        pieces.append(self._last_in_history[history[-1]])
+        letters = self._joined_letter_ids[1 : len(candidates)]
+        for item, letter in zip(candidates[:-1], letters, strict=True):
+            pieces += [self._title_ids[item], letter]
         pieces.append(self._last_candidate[candidates[-1]])
         return np.concatenate(pieces)
 
-    def _fit(self, history: Sequence[int], candidates: Sequence[int]) -> Sequence[int]:
-        """The most recent history that leaves the prompt short enough."""
+    def _fit(self, history: ItemIds, candidates: ItemIds) -> ItemIds:
+        """Return the most recent part of the history that fits into the prompt."""
         room = self.max_text_len - RESPONSE_TOKENS - len(self._begin)
-        room -= sum(len(self._title[item]) for item in candidates[:-1])
-        room -= sum(map(len, self._letter[1 : len(candidates)]))
-        room -= len(self._last_candidate[candidates[-1]]) + len(self._last_of_history[history[-1]])
-        kept = 1
+        room -= sum(len(self._title_ids[item]) for item in candidates[:-1])
+        room -= sum(map(len, self._joined_letter_ids[1 : len(candidates)]))
+        room -= len(self._last_candidate[candidates[-1]])
+        room -= len(self._last_in_history[history[-1]])
+        size = 1
         for item in reversed(history[:-1]):
-            room -= len(self._title[item]) + len(self._number[kept])
+            room -= len(self._title_ids[item]) + len(self._number_ids[size])
             if room < 0:
                 break
-            kept += 1
-        return history[-kept:]
+            size += 1
+        return history[-size:]

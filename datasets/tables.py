@@ -1,49 +1,117 @@
-"""Raw tables read with errors that name the file, the row and the column."""
+"""Reading of raw tables, with errors that name the file, row and column."""
 
 from __future__ import annotations
 
-import ast
-import gzip
-import json
-import zlib
-from collections.abc import Sequence
+import csv
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from pyarrow import parquet
 
-from config import UserError
-from datasets.base import clean_title
-from storage import check_unpacked, reason
+from errors import UserError
+from storage import check_unpacked_size, describe
 
-LONGEST_LINE = 16 << 20  # bytes of a record; some have long descriptions
+
+def read_interactions(
+    path: Path, columns: Mapping[str, Sequence[str]], *, separator: str = ",", header: bool = True
+) -> pd.DataFrame:
+    """Read interactions with the columns ``user``, ``item``, ``timestamp`` and ``rating``.
+
+    Without a ``rating`` column, all ratings are infinite, so that every interaction is kept.
+
+    Args:
+        path: see ``read_columns``.
+        columns: see ``read_columns``.
+        separator: see ``read_columns``.
+        header: see ``read_columns``.
+
+    Raises:
+        UserError: the table cannot be read, a user or item is empty, or a timestamp or rating is
+            not a finite number.
+    """
+    table = read_columns(path, columns, optional=("rating",), separator=separator, header=header)
+    first_row = 2 if header else 1
+    for name in ("user", "item"):
+        is_empty = (table[name] == "").to_numpy()
+        if is_empty.any():
+            raise UserError(f"{path} row {int(is_empty.argmax()) + first_row}: {name} is empty")
+    table["timestamp"] = to_numbers(table["timestamp"], path, first_row=first_row)
+    table["rating"] = (
+        to_numbers(table["rating"], path, first_row=first_row) if "rating" in table else np.inf
+    )
+    return table[["user", "item", "timestamp", "rating"]]
 
 
 def read_columns(
     path: Path,
-    columns: dict[str, Sequence[str]],
+    columns: Mapping[str, Sequence[str]],
     *,
     optional: Sequence[str] = (),
     separator: str = ",",
     header: bool = True,
 ) -> pd.DataFrame:
-    """Read columns of a delimited text or Parquet file as text.
+    """Read columns of a delimited text file or a Parquet file as strings.
 
     Args:
-        path: the file; ``.parquet`` is read as Parquet, anything else as UTF-8 text.
-        columns: for each column wanted, the names it may have in the file, best first. Without a
-            header, columns are taken in this order.
-        optional: wanted columns that may be absent.
-        separator: between the fields of a text file.
-        header: whether the first line names the columns. A RecBole type after a colon
-            (``item_id:token``) is no part of a name.
+        path: a Parquet file if its name ends in ``.parquet``, otherwise a text file in UTF-8.
+        columns: the columns to read, each with other names it may have in the file, in order of
+            preference. Without a header, they are the first columns of the file, in this order.
+        optional: columns that may be absent.
+        separator: field separator of a text file.
+        header: whether the first line has the column names. A RecBole type after a colon, as in
+            ``item_id:token``, is not part of the name.
 
     Raises:
-        UserError: the file cannot be read, is empty or lacks a column.
+        UserError: the file cannot be read, is empty, lacks a column or has it twice.
     """
+    table = _read_table(path, separator, header)
+    if len(table) == 0:
+        raise UserError(f"{path} is empty")
+    if header:
+        table.columns = [str(name).split(":")[0].strip() for name in table.columns]
+    elif table.shape[1] < len(columns):
+        raise UserError(f"{path} has {table.shape[1]} columns but needs {', '.join(columns)}")
+    else:
+        table = table.iloc[:, : len(columns)].set_axis(list(columns), axis=1)
+    return _select_columns(path, table, columns, optional)
+
+
+def to_numbers(column: pd.Series, path: Path, *, first_row: int) -> np.ndarray:
+    """Convert a column of strings to finite numbers.
+
+    Args:
+        column: the strings.
+        path: file of the column, for the error message.
+        first_row: row of the file that holds the first value, for the error message.
+
+    Returns:
+        (n,) int64 if all values fit, since float64 would round those above 2^53; otherwise
+        float64.
+
+    Raises:
+        UserError: a value is not a finite number.
+    """
+    values = pd.to_numeric(column, errors="coerce").to_numpy()
+    if values.dtype != np.int64:
+        values = values.astype(np.float64)
+    is_invalid = ~np.isfinite(values)
+    if is_invalid.any():
+        index = int(is_invalid.argmax())
+        raise UserError(
+            f"{path} row {index + first_row}: {column.name} '{column.iloc[index][:50]}' "
+            "is not a number"
+        )
+    return values
+
+
+def _read_table(path: Path, separator: str, header: bool) -> pd.DataFrame:
+    """Read a whole file; see ``read_columns``."""
     try:
-        table = _parquet(path) if path.suffix == ".parquet" else _text(path, separator, header)
+        if path.suffix == ".parquet":
+            return _read_parquet(path)
+        return _read_text(path, separator, header)
     except UserError:
         raise
     except pd.errors.EmptyDataError:
@@ -51,34 +119,15 @@ def read_columns(
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"cannot read {path}: it is not UTF-8 text, save it as such") from error
-    except Exception as error:  # pandas and pyarrow do not say what they raise
-        raise UserError(f"cannot read {path}: {reason(error)}") from error
-    if len(table) == 0:
-        raise UserError(f"{path} is empty")
-    if header:
-        table.columns = [str(name).split(":")[0].strip() for name in table.columns]
-    elif table.shape[1] < len(columns):
-        raise UserError(f"{path} has {table.shape[1]} columns, it needs {', '.join(columns)}")
-    else:
-        table = table.iloc[:, : len(columns)].set_axis(list(columns), axis=1)
-    found = {}
-    for wanted, names in columns.items():
-        name = next((n for n in (wanted, *names) if n in table.columns), None)
-        if name is None and wanted not in optional:
-            raise UserError(
-                f"{path} lacks the column {wanted}"
-                + (f" (or {', '.join(names)})" if names else "")
-                + f"; it has {', '.join(map(str, table.columns))}"
-            )
-        if name is not None:
-            if list(table.columns).count(name) > 1:
-                raise UserError(f"{path} has two columns {name}: rename one")
-            found[wanted] = table[name]
-    return pd.DataFrame(found)
+        raise UserError(f"{path} is not UTF-8 text: save it in that encoding") from error
+    except pd.errors.ParserError as error:
+        problem = describe(error).removeprefix("Error tokenizing data. C error: ")
+        raise UserError(f"cannot read {path}: {problem}") from error
+    except Exception as error:  # pandas and pyarrow do not document what they raise
+        raise UserError(f"cannot read {path}: {describe(error)}") from error
 
 
-def _text(path: Path, separator: str, header: bool) -> pd.DataFrame:
+def _read_text(path: Path, separator: str, header: bool) -> pd.DataFrame:
     table = pd.read_csv(
         path,
         sep=separator,
@@ -87,106 +136,41 @@ def _text(path: Path, separator: str, header: bool) -> pd.DataFrame:
         keep_default_na=False,
         na_filter=False,
         encoding="utf-8-sig",
-        quoting=3 if separator == "\t" else 0,
+        quoting=csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL,
     )
-    if not isinstance(table.index, pd.RangeIndex):  # pandas would take the first for row names
+    if not isinstance(table.index, pd.RangeIndex):  # pandas took the first column as row names
         raise ValueError("its rows have more fields than its first line")
     return table
 
 
-def _parquet(path: Path) -> pd.DataFrame:
+def _read_parquet(path: Path) -> pd.DataFrame:
     with parquet.ParquetFile(path) as file:
         metadata = file.metadata
-        # Repeated values take no room in the file, but 8 bytes each here.
-        check_unpacked(path, 8 * metadata.num_rows * metadata.num_columns)
+        # Repeated values take no space in the file but 8 bytes each in memory.
+        check_unpacked_size(path, 8 * metadata.num_rows * metadata.num_columns)
         groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
-        check_unpacked(path, sum(group.total_byte_size for group in groups))
+        check_unpacked_size(path, sum(group.total_byte_size for group in groups))
         table = file.read().to_pandas()
-    return table.apply(lambda column: column.astype("string").fillna("")).astype(object)
+    strings: pd.DataFrame = table.apply(lambda column: column.astype("string").fillna(""))
+    return strings.astype(object)
 
 
-def to_number(column: pd.Series, path: Path, *, first_row: int) -> np.ndarray:
-    """A text column as finite numbers: int64 where all are, as floats round what is beyond 2^53.
-
-    Raises:
-        UserError: a value is no number; names the file's row, the first of which is ``first_row``.
-    """
-    values = pd.to_numeric(column, errors="coerce").to_numpy()
-    if values.dtype != np.int64:
-        values = values.astype(np.float64)
-    bad = ~np.isfinite(values)
-    if bad.any():
-        row = int(bad.argmax())
-        raise UserError(
-            f"{path} row {row + first_row}: {column.name} '{column.iloc[row][:50]}' is not a number"
-        )
-    return values
-
-
-def interactions(
-    path: Path, columns: dict[str, Sequence[str]], *, separator: str = ",", header: bool = True
+def _select_columns(
+    path: Path, table: pd.DataFrame, columns: Mapping[str, Sequence[str]], optional: Sequence[str]
 ) -> pd.DataFrame:
-    """Interactions with the columns ``user``, ``item``, ``timestamp`` and ``rating``.
-
-    A missing ``rating`` column means that every interaction counts.
-
-    Raises:
-        UserError: see ``read_columns``; also an empty user or item, and numbers that are none.
-    """
-    table = read_columns(path, columns, optional=("rating",), separator=separator, header=header)
-    first_row = 2 if header else 1
-    for name in ("user", "item"):
-        empty = (table[name] == "").to_numpy()
-        if empty.any():
-            raise UserError(f"{path} row {int(empty.argmax()) + first_row}: {name} is empty")
-    table["timestamp"] = to_number(table["timestamp"], path, first_row=first_row)
-    table["rating"] = (
-        to_number(table["rating"], path, first_row=first_row) if "rating" in table else np.inf
-    )
-    return table[["user", "item", "timestamp", "rating"]]
-
-
-def amazon_titles(path: Path) -> dict[str, str]:
-    """Titles by item from Amazon metadata: gzip, one JSON object or Python literal a line.
-
-    Raises:
-        UserError: the file is missing, truncated, or a line is no record.
-    """
-    titles: dict[str, str] = {}
-    number = size = 0
-    try:
-        with gzip.open(path, "rb") as file:
-            while line := file.readline(LONGEST_LINE):
-                number += 1
-                size += len(line)
-                if len(line) == LONGEST_LINE:
-                    raise UserError(f"{path} row {number}: longer than {LONGEST_LINE:,} bytes")
-                check_unpacked(path, size)
-                asin, title = _record(line.decode())
-                if title:
-                    titles[asin] = title
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (EOFError, OSError, zlib.error) as error:
-        raise UserError(
-            f"{path} is no whole gzip file: {reason(error)}; delete it to fetch it anew"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} row {number} is not UTF-8 text") from error
-    except Exception as error:  # what parsers raise depends on what they are given
-        raise UserError(f"{path} row {number}: no record with asin and title") from error
-    if not titles:
-        raise UserError(f"{path} is empty")
-    return titles
-
-
-def _record(line: str) -> tuple[str, str]:
-    """An item's asin and title; an item without a title needs no asin."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        record = ast.literal_eval(line)  # the 2014 files; reads literals, runs nothing
-    title = clean_title(str(record.get("title") or ""))
-    return str(record["asin"]).strip() if title else "", title
+    """Pick the columns of ``read_columns`` by name."""
+    selected = {}
+    for column, other_names in columns.items():
+        name = next((n for n in (column, *other_names) if n in table.columns), None)
+        if name is None:
+            if column in optional:
+                continue
+            alternatives = f" (or {', '.join(other_names)})" if other_names else ""
+            raise UserError(
+                f"{path} lacks the column {column}{alternatives}; "
+                f"it has {', '.join(map(str, table.columns))}"
+            )
+        if list(table.columns).count(name) > 1:
+            raise UserError(f"{path} has two columns {name}: rename one")
+        selected[column] = table[name]
+    return pd.DataFrame(selected)

@@ -1,9 +1,9 @@
-"""Retriever models by code, and the LLM ranker.
+"""Retriever models and the language model of the ranker.
 
-Modules are imported where they are used: finding a base model needs no torch.
+Nothing is imported here: ``model.hub`` does not need torch.
 """
 
 import logging
 
-# When peft imports it, it asks for optional kernels.
+# peft imports bitsandbytes, which warns that optional kernels are missing.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

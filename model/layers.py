@@ -1,21 +1,18 @@
-"""Layers shared by the retriever models."""
+"""Layers shared by the retrievers. They act on jagged batches, see ``jagged.py``."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-# Rows are as long as at most so many times the sequences in them.
-ROW_LENGTH_RATIO = 4
+from jagged import PaddedRows
 
 
 class Dropout(nn.Dropout):
-    """Dropout that draws 16 random bits an element on the CPU, where torch's own draws 64.
+    """Dropout that draws 16 random bits per element on the CPU, where torch draws 64.
 
-    The share of dropped elements is rounded to a multiple of 1 / 65,536. Random numbers are a
-    quarter of a training step otherwise.
+    Random numbers would otherwise take a quarter of a training step. The dropout probability is
+    rounded to a multiple of 1 / 65,536.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -28,141 +25,57 @@ class Dropout(nn.Dropout):
         return x * kept.to(x.dtype).mul_(1 / (1 - self.p))
 
 
-class Rows(NamedTuple):
-    """Where sequences of similar length lie among B rows padded on the right.
-
-    Attributes:
-        source: (M,) their positions on the flat axis.
-        places: (M,) where, on the flattened (B * length,) axis.
-        num_rows: B.
-        length: length of a row.
-        filled: (B, length) which positions of the rows are sequence, or None if it is not needed.
-    """
-
-    source: Tensor
-    places: Tensor
-    num_rows: int
-    length: int
-    filled: Tensor | None
-
-
-def _sequences(positions: Tensor) -> tuple[Tensor, Tensor]:
-    """(N,) number of the sequence that each position lies in, and (S,) the sequences' lengths."""
-    sequence = (positions == 0).cumsum(0) - 1
-    return sequence, torch.bincount(sequence)
-
-
-class TimeMajor(NamedTuple):
-    """The positions of a jagged batch step by step, in each step the longest sequences first.
-
-    Attributes:
-        order: (N,) positions on the flat axis.
-        counts: (longest,) how many of them are in each step.
-    """
-
-    order: Tensor
-    counts: Tensor
-
-
-def time_major(positions: Tensor) -> TimeMajor:
-    """The order in which a recurrence takes the positions.
-
-    Args:
-        positions: (N,) index of each position within its sequence.
-    """
-    sequence, lengths = _sequences(positions)
-    rank = torch.empty_like(lengths)  # place of each sequence among them, longest first
-    rank[lengths.argsort(descending=True, stable=True)] = torch.arange(
-        len(lengths), device=positions.device
-    )
-    order = (positions * len(lengths) + rank[sequence]).argsort()
-    return TimeMajor(order, torch.bincount(positions))
-
-
-def positions_from_end(item_ids: Tensor, positions: Tensor, max_len: int) -> Tensor:
-    """(N,) positions as in sequences padded to ``max_len`` on the left: the last one's is the same.
-
-    So a learned position says how far an item lies from the end, as in the published models. The
-    start token, a sequence of its own, gets 0.
-
-    Args:
-        item_ids: (N,) items, 0 for the start token.
-        positions: (N,) index of each position within its sequence.
-        max_len: longest sequence.
-    """
-    sequence, lengths = _sequences(positions)
-    return torch.where(item_ids == 0, 0, positions + max_len - lengths[sequence])
-
-
-def jagged_rows(positions: Tensor, longest: int, *, filled: bool) -> list[Rows]:
-    """Lay the sequences of a jagged batch out in rows, short ones apart from long ones.
-
-    A sequence of one item attends to itself alone and needs no row.
-
-    Args:
-        positions: (N,) index of each position within its sequence.
-        longest: length of the longest sequence.
-        filled: whether to mark the rows' filled positions.
-    """
-    sequence, lengths = _sequences(positions)
-    groups, length = [], longest
-    while length > 1:
-        shorter = max(length // ROW_LENGTH_RATIO, 1)
-        chosen = (lengths > shorter) & (lengths <= length)
-        num_rows = int(chosen.sum())
-        if num_rows:
-            source = chosen[sequence].nonzero()[:, 0]
-            places = (chosen.cumsum(0) - 1)[sequence[source]] * length + positions[source]
-            mask = None
-            if filled:
-                mask = torch.zeros(num_rows * length, dtype=torch.bool, device=positions.device)
-                mask[places] = True
-                mask = mask.view(num_rows, length)
-            groups.append(Rows(source, places, num_rows, length, mask))
-        length = shorter
-    return groups
-
-
 class SelfAttention(nn.Module):
-    """Multi-head self-attention within the sequences of a jagged batch.
+    """Multi-head self-attention within sequences, then a residual connection and a layer norm.
 
-    Residual connection and layer norm come after it. Only queries, keys and values are padded;
-    padding stands on the right, so that causal attention does not reach it.
+    Only queries, keys and values are padded. The padding is on the right, where causal attention
+    does not see it.
 
     Args:
-        dim: width D.
+        hidden_units: width D.
         num_heads: attention heads, a divisor of D.
-        dropout: before the residual connection.
-        attn_dropout: on the attention weights.
-        causal: attend to no later position.
+        dropout: dropout before the residual connection.
+        attn_dropout: dropout of the attention weights.
+        causal: whether a position attends only to itself and earlier ones.
     """
 
     def __init__(
-        self, dim: int, num_heads: int, dropout: float, attn_dropout: float, *, causal: bool
+        self,
+        hidden_units: int,
+        num_heads: int,
+        dropout: float,
+        attn_dropout: float,
+        *,
+        causal: bool,
     ) -> None:
         super().__init__()
         self.num_heads, self.causal = num_heads, causal
-        self.in_proj = nn.Linear(dim, 3 * dim)
-        self.out_proj = nn.Linear(dim, dim)
+        self.in_proj = nn.Linear(hidden_units, 3 * hidden_units)
+        self.out_proj = nn.Linear(hidden_units, hidden_units)
         self.attn_dropout, self.dropout = Dropout(attn_dropout), Dropout(dropout)
-        self.layer_norm = nn.LayerNorm(dim)
+        self.layer_norm = nn.LayerNorm(hidden_units)
 
-    def forward(self, x: Tensor, groups: list[Rows]) -> Tensor:
-        """(N, D) to (N, D)."""
+    def forward(self, x: Tensor, groups: list[PaddedRows]) -> Tensor:
+        """Map (N, D) to (N, D).
+
+        Args:
+            x: (N, D) input.
+            groups: where the sequences of two or more items are.
+        """
         qkv = self.in_proj(x)  # (N, 3 D)
-        y = qkv.chunk(3, dim=-1)[2]  # (N, D) values: what a single item attends to
+        y = qkv.chunk(3, dim=-1)[2]  # (N, D) values: the output of sequences of one item
         if groups:
             source = torch.cat([rows.source for rows in groups])
             y = y.index_copy(0, source, torch.cat([self._attend(qkv, rows) for rows in groups]))
         return self.layer_norm(x + self.dropout(self.out_proj(y)))
 
-    def _attend(self, qkv: Tensor, rows: Rows) -> Tensor:
-        """Queries, keys and values (N, 3 D) to what the positions in rows attend to, (M, D)."""
+    def _attend(self, qkv: Tensor, rows: PaddedRows) -> Tensor:
+        """Attention output (M, D) of the positions in ``rows``, from all (N, 3 D) projections."""
         padded = qkv.new_zeros(rows.num_rows * rows.length, qkv.shape[-1])
-        padded = padded.index_copy_(0, rows.places, qkv[rows.source])
+        padded = padded.index_copy_(0, rows.target, qkv[rows.source])
         padded = padded.view(rows.num_rows, rows.length, 3, self.num_heads, -1)
-        query, key, value = padded.permute(2, 0, 3, 1, 4)  # (B, heads, length, D / heads) each
-        mask = None if self.causal else rows.filled[:, None, None]
+        query, key, value = padded.permute(2, 0, 3, 1, 4)  # (R, heads, length, D / heads) each
+        mask = None if rows.mask is None else rows.mask[:, None, None]
         dropout = self.attn_dropout.p if self.training else 0.0
         if dropout and qkv.device.type == "cpu":
             y = self._attend_with_dropout(query, key, value, mask)
@@ -170,12 +83,12 @@ class SelfAttention(nn.Module):
             y = nn.functional.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=self.causal
             )
-        return y.transpose(1, 2).flatten(0, 1).flatten(-2)[rows.places]
+        return y.transpose(1, 2).flatten(0, 1).flatten(-2)[rows.target]
 
     def _attend_with_dropout(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """What torch does on the CPU when attention drops out, with cheaper random bits."""
+        """The same computation as torch's on the CPU, with the cheaper ``Dropout``."""
         if mask is None:
             mask = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).tril()
         scores = query * query.shape[-1] ** -0.5 @ key.transpose(2, 3)
@@ -183,45 +96,53 @@ class SelfAttention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention and a feed-forward network; arguments as of ``SelfAttention``."""
+    """Self-attention and a feed-forward network; see ``SelfAttention`` for the arguments."""
 
     def __init__(
-        self, dim: int, num_heads: int, dropout: float, attn_dropout: float, *, causal: bool
+        self,
+        hidden_units: int,
+        num_heads: int,
+        dropout: float,
+        attn_dropout: float,
+        *,
+        causal: bool,
     ) -> None:
         super().__init__()
-        self.attention = SelfAttention(dim, num_heads, dropout, attn_dropout, causal=causal)
-        self.feed_forward = FeedForward(dim, dropout)
+        self.attention = SelfAttention(
+            hidden_units, num_heads, dropout, attn_dropout, causal=causal
+        )
+        self.feed_forward = FeedForward(hidden_units, dropout)
 
-    def forward(self, x: Tensor, groups: list[Rows]) -> Tensor:
-        """(N, D) to (N, D)."""
+    def forward(self, x: Tensor, groups: list[PaddedRows]) -> Tensor:
+        """Map (N, D) to (N, D)."""
         return self.feed_forward(self.attention(x, groups))
 
 
 class FeedForward(nn.Module):
-    """Position-wise feed-forward network with residual connection and layer norm after it.
+    """Position-wise feed-forward network, then a residual connection and a layer norm.
 
     Args:
-        dim: width D.
-        dropout: after the activation and before the residual connection.
+        hidden_units: width D.
+        dropout: dropout after the activation and before the residual connection.
     """
 
-    def __init__(self, dim: int, dropout: float) -> None:
+    def __init__(self, hidden_units: int, dropout: float) -> None:
         super().__init__()
-        self.inner = nn.Linear(dim, 4 * dim)
-        self.outer = nn.Linear(4 * dim, dim)
+        self.inner = nn.Linear(hidden_units, 4 * hidden_units)
+        self.outer = nn.Linear(4 * hidden_units, hidden_units)
         self.activation = nn.GELU()
         self.dropout = Dropout(dropout)
-        self.layer_norm = nn.LayerNorm(dim)
+        self.layer_norm = nn.LayerNorm(hidden_units)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) to (..., D)."""
+        """Map (..., D) to (..., D)."""
         y = self.dropout(self.activation(self.inner(x)))
         return self.layer_norm(x + self.dropout(self.outer(y)))
 
 
 @torch.no_grad()
 def truncated_normal_(module: nn.Module, std: float = 0.02) -> None:
-    """Draw all parameters from a normal distribution cut at two standard deviations.
+    """Draw all parameters from a normal distribution truncated at two standard deviations.
 
     Layer norms and eigenvalues (``*_log``) keep their own initial values.
     """

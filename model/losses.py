@@ -1,32 +1,80 @@
-"""Cross-entropy over the catalogue without all its scores at once.
+"""Cross-entropy over the catalogue that never holds all scores at once.
 
-A retriever's ``forward`` hands its encodings (K, D), the item embeddings (V + 1, D) and the items'
-biases (V + 1,) or None to its argument ``output``: ``torch.nn.functional.linear`` makes scores of
-them, the functions here make a training loss.
+A retriever gives encodings x (K, D), item embeddings W (V + 1, D) and optional biases (V + 1,).
+The scores x W^T + bias are the largest tensor of a training step; the losses here compute what they
+need of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-Output = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+from model.base import Retriever
 
-# Scores held at once: what a cache holds on the CPU, what memory can spare on a GPU.
+# Scores held at once: what fits a cache on the CPU, what memory allows on a GPU.
 CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 MIN_CHUNK_ROWS = 64
-# A product in bfloat16 on the CPU compiles a kernel for every new number of rows, which takes as
-# long as the product: rows of zeros fill up to a multiple of this.
+# On the CPU, oneDNN compiles a kernel for every new number of rows of a bfloat16 product, which
+# takes as long as the product. Rows are padded with zeros to a multiple of this.
 KERNEL_ROWS = 16
 
 
+class CatalogueLoss(Protocol):
+    """A training loss over the catalogue; see ``linear_cross_entropy`` for the arguments."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        labels: Tensor,
+        label_smoothing: float = 0.0,
+        precision: torch.dtype | None = None,
+    ) -> Tensor:
+        """Compute the mean loss over the rows of ``x``."""
+        ...
+
+
+class _Plan(NamedTuple):
+    """How the rows of ``x`` are cut into chunks."""
+
+    rows: int  # per chunk
+    padding: int  # rows of zeros after the last one
+    dtype: torch.dtype  # of the products
+    is_narrow: bool  # whether that differs from the dtype of x
+
+
+def _plan(x: Tensor, num_items: int, precision: torch.dtype | None) -> _Plan:
+    dtype = precision or x.dtype
+    is_narrow = dtype != x.dtype
+    elements = CHUNK_ELEMENTS.get(x.device.type, CHUNK_ELEMENTS["cuda"])
+    padding = 0
+    if is_narrow:
+        elements *= 2  # each chunk also costs a pass over the gradients of W
+        padding = -len(x) % KERNEL_ROWS
+    rows = max(MIN_CHUNK_ROWS, elements // num_items // KERNEL_ROWS * KERNEL_ROWS)
+    return _Plan(min(rows, len(x) + padding), padding, dtype, is_narrow)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Rows are taken in chunks. As the loss is a plain mean, the gradients of a chunk are known
-    once its scores are, so they are computed in the forward pass and its scores forgotten.
+    """Cross-entropy of a linear layer, with its gradients computed in the forward pass.
+
+    For one row x with scores s = W x + b and label y, let m = max(s), E = exp(s - m), Z = sum(E).
+    With label smoothing e, the target distribution is q = (1 - e) onehot(y) + e / (V + 1), and
+
+        loss    = m + log Z - (1 - e) s_y - e mean(s)
+        dloss/ds = E / Z - q
+
+    As the loss is a plain mean over rows, these gradients are final once a row's scores are known:
+    a chunk's scores are turned into gradients in place and then overwritten by the next chunk's.
+    The division by Z is left to the narrow operands, dx = (E - Z q) W / Z and dW = (E - Z q)^T
+    (x / Z), which saves a pass over the scores. The part -e / (V + 1) of q is the same for all
+    items, so its share of loss and gradients needs only the sums of x and W over their rows.
     """
 
     @staticmethod
@@ -39,64 +87,59 @@ class _LinearCrossEntropy(torch.autograd.Function):
         label_smoothing: float,
         precision: torch.dtype | None,
     ) -> Tensor:
-        elements = CHUNK_ELEMENTS.get(x.device.type, CHUNK_ELEMENTS["cuda"])
-        narrow = precision not in (None, x.dtype)
-        padding = 0
-        if narrow:
-            elements *= 2  # every chunk costs a pass over the items' gradients besides
-            padding = -len(x) % KERNEL_ROWS
-        rows = max(MIN_CHUNK_ROWS, elements // len(weight) // KERNEL_ROWS * KERNEL_ROWS)
-        rows = min(rows, len(x) + padding)
-        # For all chunks, as fresh memory is slow to touch. What is multiplied may be narrower than
-        # the softmax, which then has a buffer of its own.
-        buffer = x.new_empty(rows, len(weight))
-        products = torch.empty_like(buffer, dtype=precision) if narrow else buffer
-        narrow_x = nn.functional.pad(x.to(products.dtype), (0, 0, 0, padding))
-        narrow_weight = weight.to(products.dtype)
-        target = 1 - label_smoothing
+        """Compute the mean loss; see ``linear_cross_entropy``."""
+        plan = _plan(x, len(weight), precision)
+        # One buffer for all chunks, as fresh memory is slow to touch. Products of another dtype
+        # than the softmax have a buffer of their own.
+        buffer = x.new_empty(plan.rows, len(weight))
+        products = torch.empty_like(buffer, dtype=plan.dtype) if plan.is_narrow else buffer
+        narrow_x = nn.functional.pad(x.to(plan.dtype), (0, 0, 0, plan.padding))
+        narrow_weight = weight.to(plan.dtype)
+        hit = 1 - label_smoothing
         loss = x.new_zeros(())
         grad_x, grad_weight = torch.empty_like(narrow_x), torch.zeros_like(weight)
         grad_bias = None if bias is None else torch.zeros_like(bias)
-        totals = x.new_ones(len(narrow_x), 1)
-        for part, grad_part, all_totals, label in zip(
-            *(y.split(rows) for y in (narrow_x, grad_x, totals, labels[:, None]))
+        totals = x.new_ones(len(narrow_x), 1)  # Z, and 1 for rows of padding
+        for part, grad_part, padded_totals, label in zip(
+            *(y.split(plan.rows) for y in (narrow_x, grad_x, totals, labels[:, None]))
         ):
             product = products[: len(part)]  # (rows, V + 1)
             scores = torch.mm(part, narrow_weight.T, out=product)[: len(label)]
-            if narrow:
+            if plan.is_narrow:
                 scores = buffer[: len(label)].copy_(scores)
             if bias is not None:
                 scores += bias
             highest = scores.amax(1, keepdim=True)
-            loss += (highest - target * scores.gather(1, label)).sum()
-            grad = scores.sub_(highest).exp_()  # in place of the scores, as all that follows
-            total = torch.sum(grad, 1, keepdim=True, out=all_totals[: len(label)])
-            # The gradient of the scores is this over the totals. Dividing x instead saves a pass.
-            grad.scatter_add_(1, label, -target * total)
+            loss += (highest - hit * scores.gather(1, label)).sum()
+            grad = scores.sub_(highest).exp_()  # in place, as is all that follows
+            total = torch.sum(grad, 1, keepdim=True, out=padded_totals[: len(label)])
+            grad.scatter_add_(1, label, -hit * total)
             if grad_bias is not None:
                 grad_bias += grad.T @ (1 / total[:, 0])
-            if narrow:
+            if plan.is_narrow:
                 product[: len(label)] = grad
-                grad_weight += product.T @ (part / all_totals).to(part.dtype)
+                grad_weight += product.T @ (part / padded_totals).to(part.dtype)
             else:
                 grad_weight.addmm_(product.T, part / total)
             torch.mm(product, narrow_weight, out=grad_part)
         loss += totals.log().sum()
         grad_x = (grad_x / totals)[: len(x)]
-        if label_smoothing:  # of the target's mass, the same on every item: no score is needed
+        if label_smoothing:
             spread = label_smoothing / len(weight)
             x_sum, weight_sum = x.sum(0), weight.sum(0)
             loss -= spread * (x_sum @ weight_sum)
             grad_x -= spread * weight_sum
             grad_weight -= spread * x_sum
-            if bias is not None:
+            if bias is not None and grad_bias is not None:
                 loss -= spread * len(x) * bias.sum()
                 grad_bias -= spread * len(x)
         ctx.save_for_backward(grad_x, grad_weight, grad_bias)
         return loss / len(x)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the gradients of the forward pass."""
+        (grad_loss,) = grad_outputs
         grad_x, grad_weight, grad_bias = ctx.saved_tensors
         scale = grad_loss / len(grad_x)
         return (
@@ -118,39 +161,56 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     precision: torch.dtype | None = None,
 ) -> Tensor:
-    """Mean cross-entropy of ``x @ weight.T + bias`` that never holds all (K, V + 1) scores.
+    """Compute the mean cross-entropy of ``x @ weight.T + bias`` without all (K, V + 1) scores.
 
     Args:
         x: (K, D) encodings.
         weight: (V + 1, D) item embeddings.
         bias: (V + 1,) or None.
         labels: (K,) item ids.
-        label_smoothing: share of the target that is spread over all items.
-        precision: of the matrix products; the arguments' own if None. Softmax and sums over the
-            rows keep theirs.
+        label_smoothing: share of the target probability that is spread over all items.
+        precision: dtype of the matrix products, by default that of the arguments. The softmax and
+            sums over rows are computed in the dtype of the arguments.
+
+    Returns:
+        Scalar loss.
     """
     return _LinearCrossEntropy.apply(x, weight, bias, labels, label_smoothing, precision)
+
+
+def catalogue_loss(
+    model: Retriever, batch: dict[str, Any], cross_entropy: CatalogueLoss = linear_cross_entropy
+) -> Tensor:
+    """Compute the mean loss of a retriever on a training batch.
+
+    Args:
+        model: the retriever.
+        batch: ``sequences``, a ``JaggedBatch``, and ``labels`` (K,), the items to predict.
+        cross_entropy: one of the losses of this module.
+    """
+    encodings = model.encode(batch["sequences"])
+    return cross_entropy(encodings, model.item_embeddings, model.item_bias, labels=batch["labels"])
 
 
 class SampledCrossEntropy:
     """Mean cross-entropy over each label and negatives that all rows of a batch share.
 
-    A negative j, drawn with probability q[j], stands for the catalogue's other items by importance
-    sampling: its score is lowered by log(S q[j]), which makes the softmax's denominator right on
-    average (Bengio and Senecal, Adaptive Importance Sampling, IEEE TNN 2008, equation 7, known as
-    the logQ correction). A negative that is a row's label does not count for that row.
+    A negative j, drawn with probability q[j], represents the rest of the catalogue by importance
+    sampling. Its score is lowered by log(S q[j]), which makes the softmax's denominator unbiased
+    (Bengio and Senecal, Adaptive Importance Sampling, IEEE TNN 2008, equation 7, known as the logQ
+    correction). A negative that is the label of a row is ignored in that row.
 
     Args:
         counts: (V + 1,) how often each item is a label in training; 0 for the start token.
-        num_negatives: S, draws a batch, with replacement.
-        device: where the loss is computed.
+        num_negatives: S, draws per batch, with replacement.
+        device: device of the loss.
     """
 
     def __init__(
         self, counts: np.ndarray, num_negatives: int, device: torch.device | str = "cpu"
     ) -> None:
-        # Half of the draws by frequency, half uniform over the items: popular items weigh most in
-        # the denominator, and none may have a probability near 0, which would explode its score.
+        # Half of the draws by frequency, half uniform: popular items weigh most in the
+        # denominator, and no item may have a probability near 0, which would explode its score.
         items = np.arange(len(counts)) > 0
         q = 0.5 * counts / counts.sum() + 0.5 * items / items.sum()
         self.num_negatives = num_negatives
@@ -168,7 +228,7 @@ class SampledCrossEntropy:
         label_smoothing: float = 0.0,
         precision: torch.dtype | None = None,
     ) -> Tensor:
-        """Scalar loss; arguments as of ``linear_cross_entropy``."""
+        """Compute the mean loss; see ``linear_cross_entropy`` for the arguments."""
         draws = torch.rand(
             self.num_negatives, dtype=self.cumulative.dtype, device=self.cumulative.device
         )
@@ -187,7 +247,7 @@ class SampledCrossEntropy:
         scores = scores.masked_fill(labels[:, None] == negatives, -torch.inf)
         total = torch.logaddexp(label_scores, scores.logsumexp(1))
         target_scores = label_scores
-        if label_smoothing:  # a mean of scores needs no sampling
+        if label_smoothing:  # the mean score of the catalogue is exact, without sampling
             mean_scores = x @ weight[1:].mean(0)
             if bias is not None:
                 mean_scores = mean_scores + bias[1:].mean()

@@ -1,19 +1,20 @@
-"""Item embeddings that begin at what the items' titles mean."""
+"""Item embeddings initialized from the items' titles."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import UserError
+from errors import ArgumentError
 from model.hub import BaseModel
-from storage import atomic_path, reason
+from storage import atomic_path, describe
 
 BATCH_SIZE = 64
 MAX_TOKENS = 64
@@ -21,28 +22,21 @@ MAX_TOKENS = 64
 
 @torch.inference_mode()
 def encode_titles(encoder: BaseModel, titles: list[str], device: torch.device | str) -> np.ndarray:
-    """(V + 1, E) mean of a text encoder's last hidden states over each title, of length 1.
+    """Encode titles by the mean of a text encoder's last hidden states, scaled to unit length.
 
     Args:
-        encoder: any model that ``transformers.AutoModel`` loads.
-        titles: title by item; item 0 is padding and gets zeros.
-        device: where to compute.
-    """
-    from transformers import AutoModel, AutoTokenizer
+        encoder: a model that ``transformers.AutoModel`` can load.
+        titles: title of each item; item 0 is padding.
+        device: device of the computation.
 
-    options = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        model = AutoModel.from_pretrained(
-            encoder.folder, dtype=torch.float32, use_safetensors=True, **options
-        )
-        tokenizer = AutoTokenizer.from_pretrained(encoder.folder, **options)
-    except Exception as error:  # transformers does not say what it raises
-        raise UserError(
-            f"--title_encoder: cannot load {encoder.folder}: {reason(error)}"
-        ) from error
+    Returns:
+        (V + 1, E) float32; zeros for item 0.
+
+    Raises:
+        ArgumentError: ``encoder`` cannot be loaded.
+    """
+    model, tokenizer = _load_encoder(encoder.folder)
     model = model.to(device).eval()
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     order = sorted(range(1, len(titles)), key=lambda item: len(titles[item]))
     encodings = np.zeros((len(titles), model.config.hidden_size), dtype=np.float32)
     with tqdm(total=len(order), desc="titles", unit="title", dynamic_ncols=True) as bar:
@@ -62,20 +56,40 @@ def encode_titles(encoder: BaseModel, titles: list[str], device: torch.device | 
     return encodings
 
 
+def _load_encoder(folder: Path) -> tuple[Any, Any]:
+    """Load a text encoder and its tokenizer, which can pad."""
+    from transformers import AutoModel, AutoTokenizer
+
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        model = AutoModel.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except Exception as error:  # transformers does not document what it raises
+        raise ArgumentError("encoder", folder, f"cannot be loaded ({describe(error)})") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
 def cached_title_encodings(
     encoder: BaseModel, titles: list[str], device: torch.device | str, cache_root: Path
 ) -> np.ndarray:
-    """``encode_titles``, kept in the cache for an encoder that cannot change under its name."""
+    """Return ``encode_titles`` from the cache, or compute and cache it.
+
+    Nothing is cached for an encoder whose files can change, one without a revision.
+    """
     if encoder.revision is None:
         return encode_titles(encoder, titles, device)
     key = hashlib.sha256(json.dumps([titles, encoder.name, encoder.revision]).encode()).hexdigest()
     path = cache_root / f"titles-{key[:16]}.npy"
     try:
-        encodings = np.load(path, allow_pickle=False)
+        encodings: np.ndarray = np.load(path, allow_pickle=False)
         if len(encodings) == len(titles):
             return encodings
     except (OSError, ValueError, EOFError, MemoryError):
-        pass  # absent or damaged
+        pass  # missing or damaged
     encodings = encode_titles(encoder, titles, device)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.save(file, encodings)
@@ -83,24 +97,26 @@ def cached_title_encodings(
 
 
 @torch.no_grad()
-def set_item_embeddings(weight: Tensor, encodings: np.ndarray, std: float = 0.05) -> None:
-    """Begin item embeddings at the principal components of encodings.
+def init_item_embeddings_(weight: Tensor, encodings: np.ndarray, std: float = 0.05) -> None:
+    """Initialize item embeddings in place with rotated principal components of encodings.
 
-    The components are turned at random, so that no dimension of the embeddings matters more than
-    another at first.
+    With X the centered encodings and A the eigenvectors of X^T X by decreasing eigenvalue, the
+    embeddings are c (X A_D) R: A_D has the first D eigenvectors, zeros if there are fewer, R is a
+    random orthogonal matrix and c sets the standard deviation. R leaves all inner products as they
+    are, and spreads the variance over the dimensions instead of ordering them by it.
 
     Args:
-        weight: (V + 1 or more, D) embeddings; row 0 and rows past V stay as they are.
-        encodings: (V + 1, E), row 0 of no use.
-        std: standard deviation of all new values.
+        weight: (V + 1 or more, D) embeddings; row 0 and rows after V do not change.
+        encodings: (V + 1, E), row 0 is ignored.
+        std: standard deviation of the new values.
     """
     x = torch.from_numpy(encodings[1:]).double()
     x = x - x.mean(0)
-    axes = torch.linalg.eigh(x.T @ x).eigenvectors.flip(1)  # greatest variance first
-    dim = weight.shape[1]
-    components = torch.zeros(len(x), dim, dtype=x.dtype)
-    kept = min(dim, axes.shape[1])
-    components[:, :kept] = x @ axes[:, :kept]
-    rotation = torch.linalg.qr(torch.randn(dim, dim, dtype=x.dtype)).Q
-    turned = components @ rotation
-    weight[1 : len(encodings)] = (std * turned / turned.std()).to(weight)
+    axes = torch.linalg.eigh(x.T @ x).eigenvectors.flip(1)  # in ascending order before
+    hidden_units = weight.shape[1]
+    components = torch.zeros(len(x), hidden_units, dtype=x.dtype)
+    num_axes = min(hidden_units, axes.shape[1])
+    components[:, :num_axes] = x @ axes[:, :num_axes]
+    rotation = torch.linalg.qr(torch.randn(hidden_units, hidden_units, dtype=x.dtype)).Q
+    rotated = components @ rotation
+    weight[1 : len(encodings)] = (std * rotated / rotated.std()).to(weight)

@@ -1,63 +1,80 @@
-"""The verbalizer: from a language model's output to scores of the candidates (section 3.2.2)."""
+"""The verbalizer: candidate scores from a language model's output (LlamaRec, section 3.2.2).
+
+Each candidate is listed under a letter. The logit of that letter as the first token of the
+response is the candidate's score.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
-    """(B, L) index of each token within its row's text, whatever padding stands before it."""
+    """Return the index of each token within its text, 0 for padding on the left.
+
+    Args:
+        attention_mask: (B, L), 1 for tokens and 0 for padding.
+
+    Returns:
+        (B, L).
+    """
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def candidate_scores(model: nn.Module, batch: dict[str, Any], label_ids: Tensor) -> Tensor:
-    """Scores of the candidates: the logits of their labels after the prompt, in one forward pass.
+def candidate_scores(model: nn.Module, batch: dict[str, Any], letter_ids: Tensor) -> Tensor:
+    """Score the candidates of each prompt by the logits of their letters, in one forward pass.
 
-    Only the prompt's last position passes the output layer, only the labels' rows of it are
-    multiplied, and that in float32: in bfloat16, 20 logits of one size are often equal.
+    Only the last position of each prompt and the letters' rows of the output layer enter the last
+    product. It is in float32: rounded to bfloat16, many of 20 similar logits would be equal.
 
     Args:
-        model: causal LM, with or without adapters.
-        batch: ``input_ids`` and ``attention_mask``, (B, L), padded on either side.
-        label_ids: (C,) token ids of the labels.
+        model: causal language model, with or without adapters.
+        batch: ``input_ids`` and ``attention_mask`` (B, L), padded on either side.
+        letter_ids: (C,) token ids of the letters.
 
     Returns:
         (B, C) float32.
     """
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     mask = batch["attention_mask"]
-    hidden = causal_lm.base_model(
+    hidden: Tensor = causal_lm.base_model(
         input_ids=batch["input_ids"],
         attention_mask=mask,
         position_ids=position_ids(mask),
         use_cache=False,
     ).last_hidden_state  # (B, L, D)
     last = mask.cumsum(-1).argmax(-1)
-    hidden = hidden[torch.arange(len(last), device=last.device), last]
-    head = causal_lm.get_output_embeddings()
-    if isinstance(head, BaseTunerLayer):  # its weights alone are not what it computes
-        return head(hidden)[:, label_ids].float()
-    bias = None if head.bias is None else head.bias[label_ids].float()
-    return nn.functional.linear(hidden.float(), head.weight[label_ids].float(), bias)
+    hidden = hidden[torch.arange(len(last), device=last.device), last]  # (B, D)
+    head: Any = causal_lm.get_output_embeddings()
+    has_adapter = isinstance(head, BaseTunerLayer)
+    if has_adapter:  # which head.weight does not include
+        logits: Tensor = head(hidden)
+        return logits[:, letter_ids].float()
+    bias = None if head.bias is None else head.bias[letter_ids].float()
+    return nn.functional.linear(hidden.float(), head.weight[letter_ids].float(), bias)
 
 
 def response_loss(
-    model: nn.Module, batch: dict[str, Any], label_ids: Tensor | None = None
+    model: nn.Module, batch: dict[str, Any], letter_ids: Tensor | None = None
 ) -> Tensor:
-    """Mean cross-entropy of the response: the answer's label and the end of the sequence.
+    """Compute the mean cross-entropy of the responses: the letter and the end of the sequence.
 
-    Only the last positions pass the output layer.
+    Only the positions that predict a target pass through the output layer.
 
     Args:
-        model: causal LM.
-        batch: left-padded ``input_ids`` and ``attention_mask``, (B, L), and ``targets`` (B, R), the
-            last R tokens, -100 for those that are not trained on.
-        label_ids: (C,) token ids of the labels: the label's cross-entropy among them alone, as they
-            are scored, instead of the response's over the vocabulary.
+        model: causal language model.
+        batch: ``input_ids`` and ``attention_mask`` (B, L), padded on the left, and ``targets``
+            (B, R), the last R tokens of each row, -100 where a token is not trained on.
+        letter_ids: (C,) token ids of the letters. If given, the loss is the cross-entropy of the
+            letter over these C tokens instead of that of the response over the vocabulary.
+
+    Returns:
+        A scalar.
     """
     mask, targets = batch["attention_mask"], batch["targets"]
     logits = model(
@@ -66,8 +83,8 @@ def response_loss(
         position_ids=position_ids(mask),
         use_cache=False,
         logits_to_keep=targets.shape[1] + 1,
-    ).logits[:, :-1]  # the last position's are of no use
-    if label_ids is not None:
-        places = (targets[:, -2, None] == label_ids).int().argmax(1)
-        return nn.functional.cross_entropy(logits[:, -2, label_ids].float(), places)
+    ).logits[:, :-1]  # (B, R, V); the last position predicts nothing
+    if letter_ids is not None:
+        letters = (targets[:, -2, None] == letter_ids).int().argmax(1)
+        return nn.functional.cross_entropy(logits[:, -2, letter_ids].float(), letters)
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())

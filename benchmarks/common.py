@@ -1,0 +1,146 @@
+"""What benchmarks share: flags, data, timing, optimizer steps and the printed result."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from config import DATASET_CODES
+from datasets import SequenceDataset, load_dataset
+from datasets.base import Filters
+from errors import UserError
+from model.layers import Dropout
+
+DATASETS = tuple(code for code in DATASET_CODES if code != "custom")
+Row = dict[str, Any]
+
+
+# Flags and data -----------------------------------------------------------------------------------
+
+
+def make_parser(docstring: str | None) -> argparse.ArgumentParser:
+    """Make a parser described by the first paragraph of a module's docstring."""
+    return argparse.ArgumentParser(description=str(docstring).split("\n\n")[0])
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the folders of the data sets."""
+    parser.add_argument("--data_root", default="data", help="folder of raw data")
+    parser.add_argument(
+        "--cache_root", default="data/cache", help="folder of preprocessed data and models"
+    )
+
+
+def add_device_flag(parser: argparse.ArgumentParser, default: str = "cpu") -> None:
+    """Add the device."""
+    parser.add_argument("--device", default=default, choices=("cpu", "cuda"))
+
+
+def load_data(code: str, flags: argparse.Namespace) -> SequenceDataset:
+    """Load a data set with the default filters; ``flags`` are those of ``add_data_flags``."""
+    return load_dataset(
+        code, data_root=flags.data_root, cache_root=flags.cache_root, filters=Filters()
+    )
+
+
+def synthetic_data(item_ids: np.ndarray, offsets: np.ndarray, num_items: int) -> SequenceDataset:
+    """Make a data set without titles or names; arguments as in ``SequenceDataset``."""
+    return SequenceDataset(
+        code="synthetic",
+        item_ids=item_ids.astype(np.int32, copy=False),
+        offsets=offsets.astype(np.int64, copy=False),
+        titles=[""] * (num_items + 1),
+        user_names=[],
+        item_names=[],
+        fingerprint="",
+    )
+
+
+# Measurement --------------------------------------------------------------------------------------
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Time one call, including the work that it leaves to a GPU."""
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def alternating_medians(
+    calls: Sequence[Callable[[int], object]], rounds: int, device: torch.device
+) -> list[float]:
+    """Time functions in turn, so that a change of the machine's speed affects all of them.
+
+    Args:
+        calls: functions of the round's index, from 0 to ``rounds``.
+        rounds: measured rounds; round 0 comes before them as a warm-up.
+        device: device that the functions compute on.
+
+    Returns:
+        Median seconds of each function.
+    """
+    times: list[list[float]] = [[] for _ in calls]
+    for index in range(rounds + 1):
+        for call, own_times in zip(calls, times):
+            own_times.append(seconds(partial(call, index), device))
+    return [statistics.median(own_times[1:]) for own_times in times]
+
+
+def update(model: nn.Module, optimizer: Optimizer, max_grad_norm: float) -> None:
+    """Clip the gradients, take an optimizer step and reset the gradients."""
+    nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def use_stock_dropout(model: nn.Module) -> None:
+    """Replace this project's dropout in a model by torch's."""
+    for module in model.modules():
+        if isinstance(module, Dropout):
+            module.__class__ = nn.Dropout  # type: ignore[assignment]
+
+
+# Output -------------------------------------------------------------------------------------------
+
+
+def report(benchmark: str, device: str, rows: Iterable[Row], **settings: object) -> list[Row]:
+    """Print each row on stderr once it is measured, and finally all of them as JSON on stdout.
+
+    Args:
+        benchmark: name of the benchmark.
+        device: ``cpu`` or ``cuda``.
+        rows: the rows; a generator measures them one by one.
+        settings: further keys of the JSON object.
+
+    Returns:
+        The rows.
+    """
+    measured = []
+    for row in rows:
+        print(row, file=sys.stderr, flush=True)
+        measured.append(row)
+    result = {"benchmark": benchmark, "device": device} | settings | {"rows": measured}
+    print(json.dumps(result))
+    return measured
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a benchmark; a mistake of the user is printed as one line, with exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,294 @@
+"""Batches of ranking prompts, assembled on demand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from dataloader.candidates import Candidates
+from dataloader.prompt import RESPONSE_TOKENS, PromptBuilder
+from datasets.base import SequenceDataset
+
+Batch = dict[str, Any]
+IGNORE_INDEX = -100  # target of positions that cross-entropy ignores
+# Padding tokens that a further micro-batch must save, because its fixed cost is about as high.
+GROUP_TOKENS = 128
+
+
+def pad_left(sequences: list[np.ndarray], pad_id: int) -> Batch:
+    """Pad sequences on the left, so that all of them end at the last position.
+
+    Args:
+        sequences: token ids of each sequence.
+        pad_id: token id of the padding.
+
+    Returns:
+        ``input_ids`` and ``attention_mask``, (B, L) int64.
+    """
+    lengths = np.array([len(x) for x in sequences])
+    mask = np.arange(lengths.max()) >= (lengths.max() - lengths)[:, None]
+    input_ids = np.full(mask.shape, pad_id, dtype=np.int64)
+    input_ids[mask] = np.concatenate(sequences)
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "attention_mask": torch.from_numpy(mask.astype(np.int64)),
+    }
+
+
+def sample_negatives(
+    rng: np.random.Generator, num_items: int, excluded: np.ndarray, size: int
+) -> np.ndarray:
+    """Sample distinct items from 1 to ``num_items`` uniformly, without the excluded ones.
+
+    Returns:
+        (size,) item ids, or fewer if fewer items are left.
+    """
+    allowed = np.ones(num_items + 1, dtype=bool)
+    allowed[0] = allowed[excluded] = False
+    pool = np.flatnonzero(allowed)
+    return rng.choice(pool, min(size, len(pool)), replace=False)
+
+
+def micro_batches(lengths: np.ndarray, max_rows: int, max_tokens: int | None) -> list[np.ndarray]:
+    """Group sequences into padded micro-batches at the lowest cost.
+
+    A micro-batch of r sequences, padded to l tokens, costs r l + ``GROUP_TOKENS``. Let the lengths
+    be sorted, l[0] >= l[1] >= ..., and let cost[n] be the lowest cost of the first n sequences::
+
+        cost[0] = 0
+        cost[n] = min over s < n of  cost[s] + (n - s) l[s] + GROUP_TOKENS
+
+    where the sequences s to n - 1 form the last micro-batch, which must respect the limits.
+
+    It suffices to consider such contiguous micro-batches. Take any grouping, sort its micro-batches
+    by their longest sequence, and fill micro-batches of the same sizes with the sorted sequences.
+    All sequences longer than the k-th micro-batch's longest were in earlier micro-batches, so the
+    longest sequence that the k-th now gets is no longer: no cost increases, and the limits hold.
+
+    Args:
+        lengths: (n,) tokens in each sequence.
+        max_rows: maximum number of sequences in a micro-batch.
+        max_tokens: maximum number of tokens in a micro-batch, with padding, or None; a sequence
+            that is longer forms a micro-batch of its own.
+
+    Returns:
+        Indices of the sequences in each micro-batch, longest sequences first.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    ordered = lengths[order]
+    costs, starts = [0], [0]  # cost[n] and the s that gives it, the largest if there are several
+    for end in range(1, len(order) + 1):
+        options = []
+        for start in range(end - 1, max(end - max_rows, 0) - 1, -1):
+            tokens = int(ordered[start]) * (end - start)
+            if max_tokens is not None and tokens > max_tokens and end - start > 1:
+                break  # the micro-batch only grows from here
+            options.append((costs[start] + tokens + GROUP_TOKENS, start))
+        cost, start = min(options, key=lambda option: option[0])
+        costs.append(cost)
+        starts.append(start)
+    groups, end = [], len(order)
+    while end:
+        groups.append(order[starts[end] : end])
+        end = starts[end]
+    return groups[::-1]
+
+
+def training_batches(
+    sequences: list[np.ndarray],
+    num_targets: np.ndarray,
+    users: np.ndarray,
+    *,
+    pad_id: int,
+    max_rows: int,
+    max_tokens: int | None,
+) -> list[Batch]:
+    """Assemble the micro-batches of one optimizer step.
+
+    Args:
+        sequences: token ids of each prompt with its response.
+        num_targets: (n,) number of tokens at the end of each sequence that are trained on.
+        users: (n,) user of each sequence.
+        pad_id: token id of the padding.
+        max_rows: see ``micro_batches``.
+        max_tokens: see ``micro_batches``.
+
+    Returns:
+        Micro-batches, longest sequences first, with ``input_ids`` and ``attention_mask`` (B, L);
+        ``targets`` (B, R), the last R tokens of each row, ``IGNORE_INDEX`` where a token is not
+        trained on; ``weight``, the micro-batch's share of all targets, with which its mean loss
+        enters the step's; and ``users``, a list of B.
+    """
+    lengths = np.array([len(x) for x in sequences])
+    batches = []
+    for group in micro_batches(lengths, max_rows, max_tokens):
+        batch = pad_left([sequences[i] for i in group], pad_id)
+        size = int(num_targets[group].max())
+        untrained = np.arange(size) < size - num_targets[group, None]
+        batch["targets"] = batch["input_ids"][:, -size:].masked_fill(
+            torch.from_numpy(untrained), IGNORE_INDEX
+        )
+        batch["weight"] = float(num_targets[group].sum() / num_targets.sum())
+        batch["users"] = users[group].tolist()
+        batches.append(batch)
+    return batches
+
+
+class TrainingPrompts(Dataset):
+    """Training prompts: one for each training interaction except each user's first.
+
+    The interaction is the target, the user's earlier ones are the history. The candidates are the
+    target and negatives in random order: first the hard negatives, if given, then items sampled
+    from those that the user has not interacted with before. All random draws depend only on the
+    seed and the number of the example. Numbers continue from epoch to epoch, so that each epoch
+    has new negatives.
+
+    Args:
+        data: the data set.
+        prompts: builder of the prompts.
+        num_negatives: number of candidates in addition to the target.
+        hard_negatives: (examples, k) items that each prompt must contain, padded with 0.
+        max_history: maximum number of items in the history.
+        max_rows: maximum number of prompts in a micro-batch.
+        max_tokens: maximum number of tokens in a micro-batch, or None.
+        eos_id: id of the token that ends the response, also used as padding.
+        on_inputs: whether the loss covers the prompt as well as the response.
+        seed: seed of the negatives and of the candidates' order.
+    """
+
+    def __init__(
+        self,
+        data: SequenceDataset,
+        prompts: PromptBuilder,
+        *,
+        num_negatives: int,
+        hard_negatives: np.ndarray | None = None,
+        max_history: int,
+        max_rows: int,
+        max_tokens: int | None = None,
+        eos_id: int,
+        on_inputs: bool,
+        seed: int,
+    ) -> None:
+        self.item_ids, self.num_items = data.item_ids, data.num_items
+        self.prompts, self.num_negatives, self.max_history = prompts, num_negatives, max_history
+        self.hard_negatives = hard_negatives
+        self.max_rows, self.max_tokens = max_rows, max_tokens
+        self.eos_id, self.on_inputs, self.seed = eos_id, on_inputs, seed
+        self.starts, self.ends = data.training_prefixes()
+        self.users = np.searchsorted(data.offsets, self.starts, side="right") - 1
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def example(self, number: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Return the history (h,), the candidates (c,) and the index of the target among them."""
+        rng = np.random.default_rng([self.seed, number])
+        number %= len(self)
+        history = self.item_ids[self.starts[number] : self.ends[number]]
+        target = self.item_ids[self.ends[number]]
+        chosen = np.array([target])
+        if self.hard_negatives is not None:
+            hard = self.hard_negatives[number]
+            chosen = np.append(hard[hard > 0], target)
+        excluded = np.append(history, chosen)
+        size = self.num_negatives + 1 - len(chosen)
+        negatives = sample_negatives(rng, self.num_items, excluded, size)
+        candidates = rng.permutation(np.append(negatives, chosen))
+        index = int(np.flatnonzero(candidates == target)[0])
+        return history[-self.max_history :], candidates, index
+
+    def __getitems__(self, numbers: list[int]) -> list[Batch]:
+        """Return the micro-batches of one optimizer step, see ``training_batches``."""
+        sequences = []
+        for number in numbers:
+            history, candidates, index = self.example(number)
+            prompt = self.prompts.encode(history, candidates)
+            sequences.append(np.append(prompt, [self.prompts.letter_ids[index], self.eos_id]))
+        lengths = np.array([len(x) for x in sequences])
+        return training_batches(
+            sequences,
+            lengths - 1 if self.on_inputs else np.full_like(lengths, RESPONSE_TOKENS),
+            self.users[np.asarray(numbers) % len(self)],
+            pad_id=self.eos_id,
+            max_rows=self.max_rows,
+            max_tokens=self.max_tokens,
+        )
+
+
+class EvaluationPrompts(Dataset):
+    """Evaluation prompts: the retriever's candidates of each user whose target is among them.
+
+    The first prompt of a user has the candidates in the retriever's order, further ones in random
+    orders. Users are sorted by the length of their first prompt, so that batches have little
+    padding.
+
+    Args:
+        data: the data set.
+        split: ``val`` or ``test``.
+        candidates: candidates of all users in this split.
+        prompts: builder of the prompts.
+        max_history: maximum number of items in the history.
+        pad_id: token id of the padding.
+        permutations: number of prompts per user.
+        seed: seed of the random orders.
+
+    Attributes:
+        users: (n,) the users, sorted.
+    """
+
+    def __init__(
+        self,
+        data: SequenceDataset,
+        split: str,
+        candidates: Candidates,
+        prompts: PromptBuilder,
+        *,
+        max_history: int,
+        pad_id: int,
+        permutations: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self.prompts, self.pad_id = prompts, pad_id
+        self.permutations, self.seed = permutations, seed
+        self.data, self.ends = data, data.history_ends(split)
+        self.candidates, self.max_history = candidates, max_history
+        users = candidates.retrieved
+        order = np.arange(candidates.items.shape[1])
+        lengths = np.array([len(self._prompt(user, order)) for user in users], dtype=np.int64)
+        self.users = users[np.argsort(lengths, kind="stable")]
+
+    def _prompt(self, user: int, order: np.ndarray) -> np.ndarray:
+        start, end = int(self.data.offsets[user]), int(self.ends[user])
+        history = self.data.item_ids[max(start, end - self.max_history) : end]
+        return self.prompts.encode(history, self.candidates.items[user][order])
+
+    def _order(self, user: int, permutation: int) -> np.ndarray:
+        """Return the (C,) candidates' indices in the order of their letters."""
+        size = self.candidates.items.shape[1]
+        if permutation == 0:
+            return np.arange(size)
+        return np.random.default_rng([self.seed, user, permutation]).permutation(size)
+
+    def __len__(self) -> int:
+        return len(self.users) * self.permutations
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """Return one batch of prompts.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` (B, L), ``users`` (B,) and ``orders`` (B, C), the
+            index of the candidate at each letter, all int64.
+        """
+        users = [int(self.users[index // self.permutations]) for index in indices]
+        orders = [
+            self._order(user, index % self.permutations) for user, index in zip(users, indices)
+        ]
+        prompts = [self._prompt(user, order) for user, order in zip(users, orders)]
+        return pad_left(prompts, self.pad_id) | {
+            "users": torch.tensor(users),
+            "orders": torch.from_numpy(np.stack(orders)),
+        }

@@ -1,0 +1,1 @@
+"""Evaluation of trained models: one inference loop, retrieval metrics, reranking."""

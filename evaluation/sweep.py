@@ -1,0 +1,41 @@
+"""The inference loop over the users or examples of a data set."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+Step = Callable[[dict[str, Any]], dict[str, Tensor]]
+
+
+@torch.inference_mode()
+def sweep(
+    model: nn.Module, loader: DataLoader, step: Step, *, description: str
+) -> dict[str, np.ndarray]:
+    """Evaluate a model batch by batch and collect the results on the host.
+
+    Args:
+        model: the model; it is put in eval mode and left there.
+        loader: evaluation batches.
+        step: from a batch on the model's device to named tensors, whose rows are concatenated over
+            the batches.
+        description: title of the progress bar.
+
+    Returns:
+        The arrays by name, rows in the loader's order; no arrays if there are no batches.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+    for batch in tqdm(loader, desc=description, unit="batch", leave=False, dynamic_ncols=True):
+        for name, rows in step(send_to_device(batch, device)).items():
+            parts[name].append(rows.cpu())
+    return {name: torch.cat(tensors).numpy() for name, tensors in parts.items()}

@@ -1,0 +1,239 @@
+"""Causal language models with frozen weights, in bfloat16 or NF4, and LoRA adapters.
+
+T. Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, NeurIPS 2023
+(https://arxiv.org/abs/2305.14314); E. Hu et al., LoRA: Low-Rank Adaptation of Large Language
+Models, ICLR 2022 (https://arxiv.org/abs/2106.09685).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import psutil
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.integrations.liger import apply_liger_kernel
+
+from errors import ArgumentError
+from model.cpu_attention import speed_up_on_cpu
+from model.layers import Dropout
+from storage import atomic_folder, describe, reading
+
+PROBE_TOKENS = 64
+# Share of the free memory for activations; gradients, temporaries and fragmentation need the rest.
+MEMORY_SHARE = 0.8
+
+
+def load_causal_lm(
+    folder: Path, *, device: torch.device, in_4bit: bool, fused_kernels: bool = False
+) -> PreTrainedModel:
+    """Load a causal language model in bfloat16, or in NF4 with double quantization (QLoRA).
+
+    Args:
+        folder: folder of the model.
+        device: device of the weights.
+        in_4bit: quantize the linear layers to NF4 and compute in bfloat16.
+        fused_kernels: use Liger's kernels on CUDA, see ``use_fused_kernels``.
+
+    Raises:
+        ArgumentError: ``folder`` cannot be loaded, or there are no fused kernels for the model.
+    """
+    if device.type == "cuda":  # cuDNN plans its attention for each new shape, and most are new
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.bfloat16,
+            device_map={"": device},
+            quantization_config=quantization if in_4bit else None,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # transformers does not document what it raises
+        raise ArgumentError("folder", folder, f"cannot be loaded ({describe(error)})") from error
+    _keep_differentiable(model)
+    _make_head_inputs_contiguous(model)
+    speed_up_on_cpu(model)
+    if fused_kernels:
+        use_fused_kernels(model)
+    return cast(PreTrainedModel, model)
+
+
+def _keep_differentiable(model: PreTrainedModel) -> None:
+    """Stop bitsandbytes from repacking NF4 weights into a layout without a backward pass.
+
+    It would do so in the first evaluation on a CPU with AVX512-BF16, and training would go on with
+    gradients missing, without an error.
+    """
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _make_head_inputs_contiguous(model: PreTrainedModel) -> None:
+    """Copy the input of the output layer if it is not contiguous.
+
+    The output layer gets a slice, the last positions. Given a non-contiguous input, torch computes
+    one product per prompt, each with a copy of all weights.
+    """
+    model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, inputs: (inputs[0].contiguous(),)
+    )
+
+
+def use_fused_kernels(model: PreTrainedModel) -> None:
+    """Compute norms, rotary embeddings and gated layers with Liger's kernels.
+
+    P. Hsu et al., Liger Kernel: Efficient Triton Kernels for LLM Training, 2024
+    (https://arxiv.org/abs/2410.10989).
+
+    Raises:
+        ArgumentError: Liger does not support the model.
+    """
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    model_type = model.config.model_type
+    if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ArgumentError(
+            "fused_kernels", "true", f"liger-kernel does not support {model_type}; set it to false"
+        )
+    # Liger's losses would replace the forward pass, and the output layer reads few positions here.
+    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+
+
+def add_lora(
+    model: PreTrainedModel,
+    *,
+    rank: int,
+    alpha: int,
+    dropout: float,
+    target_modules: Sequence[str],
+) -> PeftModel:
+    """Freeze a model and add trainable low-rank adapters to some of its linear layers.
+
+    A layer with weights W then computes W x + alpha / rank * B A dropout(x), with A (rank, in) and
+    B (out, rank).
+
+    Args:
+        model: causal language model.
+        rank: rank of the adapters.
+        alpha: numerator of their scale.
+        dropout: dropout probability of their inputs.
+        target_modules: names of the layers.
+
+    Raises:
+        ArgumentError: ``target_modules`` cannot have adapters.
+    """
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(target_modules),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise ArgumentError("target_modules", " ".join(target_modules), describe(error)) from error
+    # PEFT keeps a set, whose order in adapter_config.json would differ from process to process.
+    cast(LoraConfig, adapted.peft_config["default"]).target_modules = list(target_modules)
+    module: Any
+    for module in adapted.modules():
+        for name in getattr(module, "lora_dropout", ()):
+            if isinstance(module.lora_dropout[name], nn.Dropout):
+                module.lora_dropout[name] = Dropout(dropout)
+    return cast(PeftModel, adapted)
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Save the adapters in PEFT's format, complete or not at all."""
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(str(temporary), save_embedding_layers=False)
+
+
+def load_adapter(model: PeftModel, folder: Path) -> None:
+    """Load the weights of adapters saved by ``save_adapter``.
+
+    Raises:
+        InputError: they are missing or damaged.
+    """
+    weights = folder / "adapter_model.safetensors"
+    with reading(weights):
+        set_peft_model_state_dict(model, load_file(weights, device=str(model.device)))
+
+
+def needs_checkpointing(model: PeftModel, max_tokens: int) -> bool:
+    """Return whether activations must be recomputed to fit in memory, and print why.
+
+    Args:
+        model: causal language model with adapters, on its device.
+        max_tokens: tokens in the largest training batch.
+    """
+    per_token = activation_bytes_per_token(model)
+    free = free_bytes(model.device)
+    needed = per_token * max_tokens > MEMORY_SHARE * free
+    print(
+        f"activations: {per_token / 2**20:.2f} MiB per token, "
+        f"{per_token * max_tokens / 2**30:.1f} GiB for {max_tokens:,} tokens, "
+        f"{free / 2**30:.1f} GiB free: "
+        f"{'gradient checkpointing' if needed else 'no gradient checkpointing'}"
+    )
+    return needed
+
+
+def activation_bytes_per_token(model: PeftModel) -> float:
+    """Measure the memory that a forward pass keeps for the backward pass, on a short prompt.
+
+    It is the total size of the distinct storages that autograd saves, without the weights. The
+    random state does not change; the model is left in eval mode.
+    """
+    causal_lm: Any = model.get_base_model()
+    weights = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
+    saved: dict[int, int] = {}  # size by address
+
+    def record(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    input_ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device=model.device)
+    model.train()  # dropout saves a mask
+    with (
+        torch.random.fork_rng([model.device] if model.device.type == "cuda" else []),
+        torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor),
+    ):
+        output = causal_lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    model.eval()
+    total = sum(saved.values())
+    del output  # keeps all storages alive up to here, so that no address is used twice
+    return total / PROBE_TOKENS
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the free memory of a device, including what torch has reserved but does not use."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return int(psutil.virtual_memory().available)
+
+
+def recompute_activations(model: PeftModel) -> None:
+    """Save only the input of each layer and recompute the rest (gradient checkpointing)."""
+    cast(Any, model.get_base_model()).gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,0 +1,99 @@
+"""What concerns the whole process: signals, the CUDA device, oneDNN's cache."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from errors import ArgumentError, UserError
+
+DEFERRED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM; it ends a run in the same way as Ctrl-C."""
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
+def set_up() -> None:
+    """Prepare the process of an entry script; call it before torch is imported."""
+    # Jagged batches hardly ever repeat a shape. oneDNN would cache up to 1,024 kernels, which
+    # takes gigabytes in a long run.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    signal.signal(signal.SIGTERM, _terminate)
+
+
+@contextmanager
+def deferred_signals() -> Iterator[list[int]]:
+    """Defer Ctrl-C and SIGTERM to the end of the block; yields the list of those received."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # only the main thread receives signals
+        return
+
+    def record(number: int, _: Any) -> None:
+        received.append(number)
+
+    handlers = {number: signal.signal(number, record) for number in DEFERRED_SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def raise_interrupt(signal_number: int) -> None:
+    """Raise the exception of a signal that was deferred."""
+    raise Terminated if signal_number == signal.SIGTERM else KeyboardInterrupt
+
+
+def has_cuda_driver() -> bool:
+    """Look for a CUDA driver, without the seconds that importing torch takes."""
+    if sys.platform != "linux":
+        return True  # torch will tell
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def check_device(device: str | None) -> None:
+    """Refuse, before torch is imported, a device or a launcher that cannot work.
+
+    Raises:
+        ArgumentError: CUDA is requested and there is no driver.
+        UserError: a launcher started several processes for one run.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # set by accelerate launch and torchrun
+        raise UserError(
+            "a run uses one process on one device: start it with python, without a launcher"
+        )
+    if device == "cuda" and not has_cuda_driver():
+        raise ArgumentError("device", device, "this machine has no CUDA driver; use cpu")
+
+
+def use_cuda(device: str | None) -> bool:
+    """Decide whether to compute on CUDA.
+
+    Args:
+        device: ``cpu``, ``cuda``, or None for CUDA if available.
+
+    Raises:
+        ArgumentError: CUDA is requested and torch finds no device.
+    """
+    import torch
+
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise ArgumentError("device", device, "torch finds no CUDA device; use cpu")
+    return available and device != "cpu"

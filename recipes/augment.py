@@ -1,0 +1,348 @@
+"""Generate interactions with a language model: tune it, sample texts, filter, export."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from peft import PeftModel
+from torch import nn
+
+from augmentation.exports import export
+from augmentation.filters import REASONS, extract_interactions, judge, plausible_rank
+from augmentation.generation import GeneratedText, generate, read_texts
+from augmentation.merge import AUGMENTED_FILE, Interactions, merge, save_augmented
+from augmentation.prompts import GenerationPrompts, IdPrompts, TrainingExamples
+from config import AugmentationConfig
+from dataloader.sampler import ShuffledBatches
+from datasets import SequenceDataset
+from errors import advice
+from model.language_model import load_adapter, save_adapter
+from model.verbalizer import response_loss
+from recipes.language_model import LanguageModel
+from recipes.runs import FROM_SCRATCH, is_finished, other_run_explained
+from recipes.training import build_trainer, close_run, loop_settings, open_run
+from recipes.tuning import load_with_adapters, tuning_advice
+from storage import atomic_folder, atomic_path, write_json
+from trainer.loop import LoopSettings, Metrics
+from trainer.optimization import make_accelerator
+from trainer.run_folder import RunFolder
+from trainer.run_log import RunLog
+
+ADAPTER = "adapter"
+GENERATED = "generated.jsonl"
+COUNTS = "augmentation.json"
+EXPORTS = "exports"
+OUTPUT_BY_STAGE = {"tuning": ADAPTER, "generation": GENERATED}
+BEST_METRIC = "log_likelihood"
+MAX_VAL_EXAMPLES = 128
+
+
+def augment(
+    config: AugmentationConfig,
+    data: SequenceDataset,
+    run: RunFolder,
+    language_model: LanguageModel,
+    details: Mapping[str, Any],
+    earlier: Mapping[str, str],
+) -> None:
+    """Tune, generate, filter and write the run's files.
+
+    Args:
+        config: all settings.
+        data: the data set.
+        run: the run's folder, reserved for this process.
+        language_model: the base model.
+        details: further content of ``config.json``, with the fingerprints of the ``stages``.
+        earlier: fingerprints of the stages of the run to reuse.
+    """
+    if is_finished(run, config):
+        return
+    accelerator = make_accelerator(config.device, config.seed)
+    prompts = build_prompts(config, data, language_model)
+    with other_run_explained():
+        resumed = config.resume and run.is_started()
+    log = open_run(run, config, details, resumed=resumed)
+    if config.reuse:
+        reuse_stages(Path(config.reuse), run.path, earlier, details["stages"])
+    texts_path = run.path / GENERATED
+    with advice("delete it and run the same command again"):
+        texts = read_texts(texts_path)
+    if len(texts) < data.num_users:
+        model = tuned_model(config, data, run, language_model, prompts, accelerator, log)
+        texts = generate_texts(config, data, prompts, model, texts, texts_path)
+    interactions, counts = filter_texts(config, data, texts, accelerator.device)
+    save_augmented(run.path / AUGMENTED_FILE, interactions, data.fingerprint)
+    write_json(run.path / COUNTS, counts)
+    # Not the plain code: RecBole downloads data of its own when asked for ml-100k.
+    export(merge(data, interactions, "before"), run.path / EXPORTS, f"{data.code}-augmented")
+    close_run(run, log, {"written": counts["written"], "kept": counts["kept"]})
+    reasons = ", ".join(f"{number:,} {reason}" for reason, number in counts["dropped"].items())
+    print(
+        f"{counts['written']:,} items generated for {data.num_users:,} users; dropped: {reasons}; "
+        f"{counts['kept']:,} join {counts['training_interactions']:,} training interactions\n"
+        f"written to {run.path}"
+    )
+
+
+# Set up -------------------------------------------------------------------------------------------
+
+
+def build_prompts(
+    config: AugmentationConfig, data: SequenceDataset, language_model: LanguageModel
+) -> IdPrompts:
+    """The builder of prompts and responses."""
+    return IdPrompts(
+        language_model.tokenizer,
+        num_users=data.num_users,
+        num_items=data.num_items,
+        eos_id=language_model.eos_id,
+        max_text_len=config.llm_max_text_len,
+        max_response_len=config.max_new_tokens,
+    )
+
+
+def reuse_stages(
+    earlier_dir: Path, run_dir: Path, earlier: Mapping[str, str], stages: Mapping[str, str]
+) -> None:
+    """Copy the outputs of an earlier run's stages whose fingerprints agree with this run's."""
+    for stage, name in OUTPUT_BY_STAGE.items():
+        source, target = earlier_dir / name, run_dir / name
+        if target.exists():
+            continue
+        if earlier.get(stage) != stages[stage]:
+            print(f"note: {source} was made with other settings or data: not reused")
+            continue
+        if source.is_dir():
+            with atomic_folder(target) as temporary:
+                shutil.copytree(source, temporary, dirs_exist_ok=True)
+        else:
+            with atomic_path(target) as temporary:
+                shutil.copyfile(source, temporary)
+        print(f"{name}: reused from {earlier_dir}")
+
+
+# Tune ---------------------------------------------------------------------------------------------
+
+
+def tuned_model(
+    config: AugmentationConfig,
+    data: SequenceDataset,
+    run: RunFolder,
+    language_model: LanguageModel,
+    prompts: IdPrompts,
+    accelerator: Accelerator,
+    log: RunLog,
+) -> PeftModel:
+    """The language model with the adapter of the run's folder, tuned first if there is none."""
+    adapter = run.path / ADAPTER
+    model = load_with_adapters(language_model, config, accelerator)
+    if not adapter.exists() or run.is_interrupted():
+        tune(config, data, run, language_model, prompts, accelerator, log, model)
+    with advice(FROM_SCRATCH):
+        load_adapter(model, adapter)
+    return model.eval()
+
+
+def tune(
+    config: AugmentationConfig,
+    data: SequenceDataset,
+    run: RunFolder,
+    language_model: LanguageModel,
+    prompts: IdPrompts,
+    accelerator: Accelerator,
+    log: RunLog,
+    model: PeftModel,
+) -> None:
+    """Tune the adapters on users' training items and save the best."""
+    max_rows = config.lora_micro_batch_size or config.train_batch_size
+    examples = training_examples(
+        config, data, prompts, language_model, seed=config.seed, max_rows=max_rows
+    )
+    # Validation uses other samples of the same training items: no held-out item is read.
+    val_examples = training_examples(
+        config,
+        data,
+        prompts,
+        language_model,
+        seed=config.seed + 1,
+        max_rows=config.val_batch_size,
+    )
+    sampler = ShuffledBatches(len(examples), config.train_batch_size, config.seed)
+    trainer = build_trainer(
+        config,
+        run,
+        log,
+        accelerator=accelerator,
+        model=model,
+        dataset=examples,
+        sampler=sampler,
+        settings=tuning_loop(config, language_model, len(sampler)),
+        lr=config.lora_lr,
+        paged=language_model.paged,
+        loss=response_loss,
+        validate=Validation(model, val_examples),
+        save_best=lambda: save_adapter(model, run.path / ADAPTER),
+        user_names=data.user_names,
+    )
+    with advice(FROM_SCRATCH):
+        trainer.fit(config.resume)
+
+
+def tuning_loop(
+    config: AugmentationConfig, language_model: LanguageModel, batches_per_epoch: int
+) -> LoopSettings:
+    """Settings of the training loop: as many epochs as ``--max_steps`` takes."""
+    return loop_settings(
+        config,
+        num_epochs=-(-config.max_steps // batches_per_epoch),
+        val_iterations=config.lora_val_iterations,
+        patience=config.lora_early_stopping_patience,
+        best_metric=BEST_METRIC,
+        advice=tuning_advice(language_model),
+    )
+
+
+def training_examples(
+    config: AugmentationConfig,
+    data: SequenceDataset,
+    prompts: IdPrompts,
+    language_model: LanguageModel,
+    *,
+    seed: int,
+    max_rows: int,
+) -> TrainingExamples:
+    """Training examples from samples of users' training items."""
+    return TrainingExamples(
+        data,
+        prompts,
+        local_examples=config.local_examples,
+        local_items=config.local_items,
+        max_rows=max_rows,
+        max_tokens=language_model.max_tokens,
+        seed=seed,
+    )
+
+
+class Validation:
+    """Log-likelihood of a fixed sample of examples.
+
+    Args:
+        model: the model.
+        examples: examples to sample from, evenly spaced.
+    """
+
+    def __init__(self, model: nn.Module, examples: TrainingExamples) -> None:
+        self.model = model
+        size = min(MAX_VAL_EXAMPLES, len(examples))
+        chosen = np.linspace(0, len(examples), size, endpoint=False)
+        self.batches = examples.__getitems__(chosen.astype(int).tolist())
+
+    @torch.inference_mode()
+    def __call__(self) -> Metrics:
+        """Compute the mean log-likelihood per token."""
+        batches = send_to_device(self.batches, next(self.model.parameters()).device)
+        losses = [response_loss(self.model, batch).item() * batch["weight"] for batch in batches]
+        return {BEST_METRIC: -sum(losses)}
+
+
+# Generate -----------------------------------------------------------------------------------------
+
+
+def generate_texts(
+    config: AugmentationConfig,
+    data: SequenceDataset,
+    prompts: IdPrompts,
+    model: PeftModel,
+    texts: dict[int, GeneratedText],
+    path: Path,
+) -> dict[int, GeneratedText]:
+    """Sample a text for every user that has none, and keep all in the file."""
+    with advice("leave out the flag or use another --llm_base_model"):
+        return generate(
+            model,
+            prompts,
+            GenerationPrompts(data, prompts, config.test_batch_size),
+            texts,
+            path,
+            constrained=config.constrained,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            seed=config.seed,
+            save_seconds=config.save_seconds,
+            if_out_of_memory="continue with --resume and a lower --test_batch_size than "
+            f"{config.test_batch_size}",
+        )
+
+
+# Filter -------------------------------------------------------------------------------------------
+
+
+def filter_texts(
+    config: AugmentationConfig,
+    data: SequenceDataset,
+    texts: dict[int, GeneratedText],
+    device: torch.device,
+) -> tuple[Interactions, dict[str, Any]]:
+    """Turn texts into interactions; returns them and the content of ``augmentation.json``."""
+    interactions, dropped = extract_interactions(texts, data)
+    num_generated = len(interactions.items) + dropped.total()
+    max_rank = None
+    if config.retriever_path:
+        interactions, max_rank = plausible(config, data, interactions, dropped, device)
+    return interactions, count(data, interactions, dropped, num_generated, max_rank)
+
+
+def plausible(
+    config: AugmentationConfig,
+    data: SequenceDataset,
+    interactions: Interactions,
+    dropped: Counter[str],
+    device: torch.device,
+) -> tuple[Interactions, int]:
+    """Drop the interactions that a retriever ranks low for their user.
+
+    Args:
+        config: all settings.
+        data: the data set.
+        interactions: what to filter.
+        dropped: number of dropped interactions by reason, updated in place.
+        device: device of the retriever.
+
+    Returns:
+        The remaining interactions, and the largest rank among them.
+    """
+    with advice("run train_retriever.py again"):
+        ranks, target_ranks = judge(Path(str(config.retriever_path)), data, interactions, device)
+    max_rank = config.plausible_rank or plausible_rank(target_ranks, config.plausible_share)
+    dropped["implausible"] = int((ranks > max_rank).sum())
+    kept = ranks <= max_rank
+    return Interactions(interactions.users[kept], interactions.items[kept]), max_rank
+
+
+def count(
+    data: SequenceDataset,
+    interactions: Interactions,
+    dropped: Counter[str],
+    num_generated: int,
+    max_rank: int | None,
+) -> dict[str, Any]:
+    """What was generated, dropped and kept, for ``augmentation.json``."""
+    invalid = dropped["malformed"] + dropped["unknown"]
+    return {
+        "num_users": data.num_users,
+        "training_interactions": int(data.training_counts().sum()),
+        "written": num_generated,
+        "valid_share": 1 - invalid / max(1, num_generated),
+        "dropped": {reason: dropped[reason] for reason in REASONS},
+        "plausible_rank": max_rank,
+        "kept": len(interactions.items),
+        "users_with_items": len(set(interactions.users.tolist())),
+    }

@@ -1,0 +1,132 @@
+"""What all scripts do before torch is imported: load the data set, open the run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from config import IMMATERIAL_FLAGS, CommonConfig
+from datasets import SequenceDataset, load_dataset
+from datasets.base import Filters
+from errors import UserError, advice, flag_names
+from trainer.fingerprint import fingerprint
+from trainer.run_folder import RunFolder
+
+FROM_SCRATCH = "start from scratch with --overwrite"
+
+
+def load_data(config: CommonConfig) -> SequenceDataset:
+    """Load the data set that the flags select and print its statistics.
+
+    Raises:
+        UserError: files are missing or cannot be used.
+    """
+    with (
+        advice("lower --min_uc, --min_sc or --min_rating, or use more data"),
+        flag_names(code="dataset_code"),
+    ):
+        data = load_dataset(
+            str(config.dataset_code),
+            data_root=config.data_root,
+            cache_root=config.cache_root,
+            filters=Filters(config.min_rating, config.min_uc, config.min_sc),
+            interactions=config.interactions,
+            items=config.items,
+        )
+    print(data.summary())
+    return data
+
+
+def check_examples(data: SequenceDataset) -> None:
+    """Refuse data without a training example for the language model.
+
+    Raises:
+        UserError: no user has a training item that follows another.
+    """
+    if not len(data.training_prefixes()[0]):
+        raise UserError(
+            f"{data.code}: no user has two training items, so there is no prompt to train on: "
+            "use data with longer histories"
+        )
+
+
+def run_fingerprint(
+    config: CommonConfig,
+    details: Mapping[str, Any],
+    data: SequenceDataset,
+    *inputs: bytes,
+    exclude: Collection[str] = (),
+) -> str:
+    """Hash what determines the results of a run.
+
+    Args:
+        config: all settings.
+        details: resolved settings that replace those of the flags.
+        data: the data set.
+        inputs: other inputs.
+        exclude: settings that do not matter here, beside the immaterial ones.
+    """
+    settings = {
+        name: value
+        for name, value in (config.as_dict() | dict(details)).items()
+        if name not in IMMATERIAL_FLAGS and name not in exclude
+    }
+    return fingerprint(settings, data.fingerprint.encode(), *inputs)
+
+
+def check_replaceable(run: RunFolder, config: CommonConfig) -> None:
+    """Refuse to touch an earlier run unless the flags allow it.
+
+    Raises:
+        UserError: the folder holds an earlier run.
+    """
+    if config.overwrite or (config.resume and run.is_interrupted()):
+        return
+    if run.is_interrupted():
+        raise UserError(
+            f"{run.path} holds an interrupted run: continue it with --resume, or {FROM_SCRATCH}"
+        )
+    if not config.resume and run.has_outputs():
+        raise UserError(
+            f"{run.path} holds an earlier run: replace it with --overwrite, or use another "
+            "--export_root"
+        )
+
+
+def is_finished(run: RunFolder, config: CommonConfig) -> bool:
+    """Whether ``--resume`` finds this very run finished; prints it in that case.
+
+    Raises:
+        UserError: the folder holds another run.
+    """
+    if not config.resume:
+        return False
+    with other_run_explained():
+        finished = run.is_finished()
+    if finished:
+        print(f"{run.path} is finished, there is nothing to resume")
+    return finished
+
+
+@contextmanager
+def other_run_explained() -> Iterator[None]:
+    """Advise on a folder or checkpoint that belongs to another run."""
+    with advice(
+        "resume with the settings in its config.json, use another --export_root, or replace it "
+        "with --overwrite"
+    ):
+        yield
+
+
+@contextmanager
+def locked(run: RunFolder) -> Iterator[None]:
+    """Reserve the run's folder for this process.
+
+    Raises:
+        UserError: another process uses it, or it cannot be written.
+    """
+    with ExitStack() as stack:
+        with advice("wait for it or use another --export_root"):
+            stack.enter_context(run.locked())
+        yield

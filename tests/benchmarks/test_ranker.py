@@ -1,0 +1,77 @@
+"""The ranker's benchmarks with a tiny language model on toy data."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from benchmarks import language_models, ranker_exactness, ranker_inference, ranker_train
+from errors import UserError
+from tests.benchmarks.helpers import assert_rows, in_this_process, result
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.usefixtures("tiny_model")
+def test_train(
+    data_flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(ranker_train, "in_own_process", in_this_process)
+    # In one process the second recipe may not exceed the peak of the first.
+    monkeypatch.setattr(ranker_train, "rss_mib", lambda: 0.0)
+    flags = ["--datasets", "ml-100k", "--batch_size", "2", "--rounds", "1"]
+    ranker_train.main([*data_flags, *flags])
+    assert_rows(
+        result(capsys.readouterr().out),
+        "ranker_train",
+        "model dataset in_4bit batch_size published_s ours_s prompts_per_s tokens_per_s "
+        "throughput_ratio published_mib ours_mib memory_ratio floor_share",
+    )
+
+
+@pytest.mark.usefixtures("tiny_model")
+def test_inference(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    figure = tmp_path / "figure.png"
+    flags = ["--users", "1", "--title_tokens", "2", "3", "--figure", str(figure)]
+    ranker_inference.main(["--cache_root", str(tmp_path), *flags])
+    printed = result(capsys.readouterr().out)
+    assert_rows(
+        printed,
+        "ranker_inference",
+        "model in_4bit title_tokens written_tokens generation_s scoring_s speedup",
+    )
+    assert [row["title_tokens"] for row in printed["rows"]] == [2, 3]
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("tiny_model")
+def test_exactness(data_flags: list[str], capsys: pytest.CaptureFixture[str]):
+    ranker_exactness.main(
+        [*data_flags, "--dataset_code", "ml-100k", "--prompts", "3", "--device", "cpu"]
+    )
+    printed = result(capsys.readouterr().out)
+    keys = "precision batch_size padding ours against difference top1 rank_correlation"
+    assert_rows(printed, "ranker_exactness", keys)
+    float32 = [row for row in printed["rows"] if row["precision"] == "float32"]
+    assert len(float32) == 8 and len(printed["rows"]) == 19
+    assert all(row["difference"] < 1e-3 and row["top1"] == 1 for row in float32)
+
+
+def test_large_model_gets_random_weights(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = transformers.LlamaConfig.from_pretrained(tiny_llama)
+    monkeypatch.setattr(transformers, "LlamaConfig", lambda: config)
+    setup = language_models.prepare("llama-2-7b", CPU, str(tmp_path), str(tiny_llama))
+    assert setup.folder == tmp_path / "llama-2-7b-random"
+    assert setup.tokenizer_folder == tiny_llama and setup.eos_id == 1 and not setup.in_4bit
+    weights = transformers.AutoModelForCausalLM.from_pretrained(setup.folder)
+    assert setup.num_parameters == sum(
+        p.numel() for name, p in weights.named_parameters() if "layers" in name or "norm" in name
+    )
+
+
+def test_large_model_needs_its_tokenizer(tmp_path: Path):
+    with pytest.raises(UserError, match="--tokenizer is missing"):
+        language_models.prepare("llama-2-7b", CPU, str(tmp_path), None)

@@ -1,0 +1,126 @@
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from datasets.tables import read_columns, read_interactions, to_numbers
+from errors import UserError
+
+COLUMNS = {"user": ["user_id", "uid"], "item": [], "timestamp": [], "rating": []}
+
+
+@pytest.fixture()
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "log.csv"
+
+
+def test_columns_by_preference(path: Path):
+    path.write_text("uid,item:token, user_id ,more\n1,NA,2,\n")
+    table = read_columns(path, {"user": ["user_id", "uid"], "item": []})
+    assert table.to_dict("list") == {"user": ["2"], "item": ["NA"]}
+
+
+def test_columns_by_position(path: Path):
+    path.write_text("u,i,1.5,9,more\n")
+    columns = {"user": [], "item": [], "rating": [], "timestamp": []}
+    table = read_interactions(path, columns, header=False)
+    assert list(table.columns) == ["user", "item", "timestamp", "rating"]
+    assert table.iloc[0].tolist() == ["u", "i", 9, 1.5]
+
+
+def test_byte_order_mark_and_quotes(path: Path):
+    path.write_bytes('\ufeffuser,item\n"a,b","c\nd"\n'.encode())
+    table = read_columns(path, {"user": [], "item": []})
+    assert table.to_dict("list") == {"user": ["a,b"], "item": ["c\nd"]}
+    path.write_text('user\titem\n"a\tb"\n')  # quotes have no meaning between tabs
+    table = read_columns(path, {"user": [], "item": []}, separator="\t")
+    assert table.to_dict("list") == {"user": ['"a'], "item": ['b"']}
+
+
+def test_parquet(tmp_path: Path):
+    path = tmp_path / "log.parquet"
+    pd.DataFrame({"user": [1, 2], "item": ["a", None], "x": [0.5, 1]}).to_parquet(path)
+    table = read_columns(path, {"user": [], "item": []})
+    assert table.to_dict("list") == {"user": ["1", "2"], "item": ["a", ""]}
+
+
+def test_missing_ratings_are_infinite(path: Path):
+    path.write_text("user,item,timestamp\na,1,7\n")
+    assert read_interactions(path, COLUMNS)["rating"].tolist() == [np.inf]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ("user,item,timestamp\n", "is empty"),
+        ("name,item\na,1\n", "lacks the column user (or user_id, uid); it has name, item"),
+        ("user,item\na,1\n", "lacks the column timestamp; it has user, item"),
+        ("user:a,user:b,item,timestamp\na,b,1,1\n", "has two columns user: rename one"),
+        ("user,item,timestamp\n,1,1\n", "row 2: user is empty"),
+        ("user,item,timestamp\na,1,1\na,,1\n", "row 3: item is empty"),
+        ("user,item,timestamp\na,1,1\na,1,now\n", "row 3: timestamp 'now' is not a number"),
+        ("user,item,timestamp,rating\na,1,1,inf\n", "row 2: rating 'inf' is not a number"),
+    ],
+)  # fmt: skip
+def test_unusable_content(content: str, message: str, path: Path):
+    path.write_text(content)
+    with pytest.raises(UserError) as caught:
+        read_interactions(path, COLUMNS)
+    assert str(caught.value) == f"{path} {message}"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"user,item,timestamp\na,1,1,1\n", "its rows have more fields than its first line"),
+        (b"user,item,timestamp\na,1,1\na,1,1,1\n", "Expected 3 fields in line 3, saw 4"),
+    ],
+)
+def test_unreadable_text(content: bytes, message: str, path: Path):
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_interactions(path, COLUMNS)
+    assert str(caught.value).startswith(f"cannot read {path}: ") and message in str(caught.value)
+
+
+def test_text_in_another_encoding(path: Path):
+    path.write_bytes(b"user,item\n\xff,1\n")
+    with pytest.raises(UserError) as caught:
+        read_interactions(path, COLUMNS)
+    assert str(caught.value) == f"{path} is not UTF-8 text: save it in that encoding"
+
+
+def test_too_few_columns_without_header(path: Path):
+    path.write_text("a,1,2\n")
+    with pytest.raises(UserError, match="has 3 columns but needs user, item, timestamp, rating"):
+        read_columns(path, COLUMNS, header=False)
+
+
+def test_missing_file(path: Path):
+    with pytest.raises(UserError, match="does not exist"):
+        read_columns(path, COLUMNS)
+
+
+def test_damaged_parquet(tmp_path: Path):
+    path = tmp_path / "log.parquet"
+    path.write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"cannot read .*log\.parquet"):
+        read_columns(path, COLUMNS)
+
+
+def test_parquet_that_decompresses_to_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "log.parquet"
+    pd.DataFrame({"user": ["a"] * 10_000}).to_parquet(path)
+    monkeypatch.setattr("storage.MAX_UNPACKED_BYTES", 50_000)
+    with pytest.raises(UserError, match="unpacks to more than"):
+        read_columns(path, {"user": []})
+
+
+def test_to_numbers_keeps_large_integers():
+    values = ["9007199254740993", "-1", "0"]
+    numbers = to_numbers(pd.Series(values), Path("x"), first_row=2)
+    assert numbers.dtype == np.int64 and numbers.tolist() == [2**53 + 1, -1, 0]
+    numbers = to_numbers(pd.Series(["1", "0.5"]), Path("x"), first_row=2)
+    assert numbers.dtype == np.float64 and numbers.tolist() == [1, 0.5]

@@ -1,0 +1,253 @@
+"""A ranker's parts from its settings: negatives, prompts, evaluation of both stages."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_model
+from torch import nn
+
+from config import RankerConfig
+from dataloader.candidates import Candidates
+from dataloader.prompt import PromptBuilder
+from dataloader.sampler import evaluation_loader
+from dataloader.sequences import Prefixes
+from datasets import SequenceDataset
+from errors import UserError
+from evaluation.reranking import fused_scores, fusion_weight, reranked
+from evaluation.retrieval import hard_negatives
+from metrics import ranking_metrics
+from model.base import Retriever
+from recipes.fit_ranker import (
+    Evaluator,
+    evaluate,
+    evaluation_loaders,
+    ranker_loop,
+    retrieved_negatives,
+    shown_columns,
+    training_prompts,
+    write,
+)
+from recipes.language_model import LanguageModel, find_language_model
+from tests.helpers import make_builder, make_data, read_tokenizer, small_model
+
+CPU = torch.device("cpu")
+
+
+def config(**flags: Any) -> RankerConfig:
+    return RankerConfig(**({"dataset_code": "games", "device": "cpu"} | flags))
+
+
+@pytest.fixture()
+def data() -> SequenceDataset:
+    return make_data([12, 7, 25, 4, 16])
+
+
+@pytest.fixture()
+def prompts(tiny_llama: Path) -> PromptBuilder:
+    titles = ["", *(f"Part {i} of the Story" for i in range(30))]
+    return make_builder(read_tokenizer(tiny_llama), titles)
+
+
+@pytest.fixture()
+def language_model(tiny_llama: Path) -> LanguageModel:
+    return find_language_model(config(llm_base_model=str(tiny_llama)))
+
+
+# Hard negatives ---------------------------------------------------------------------------------
+
+
+def save_run(model: Retriever, folder: Path) -> str:
+    save_model(model, str(folder / "model.safetensors"))
+    (folder / "config.json").write_text(json.dumps(asdict(model.spec)))
+    return str(folder)
+
+
+@pytest.mark.parametrize("code", ["lru", "bert"])
+@pytest.mark.parametrize(("train_candidates", "size"), [("retrieved", 7), ("mixed", 3)])
+def test_negatives_are_retrieved_for_the_examples_of_the_run(
+    code: str, train_candidates: str, size: int, data: SequenceDataset, tmp_path: Path
+):
+    model = small_model(code)
+    flags = config(
+        llm_retrieved_path=save_run(model, tmp_path), train_candidates=train_candidates,
+        llm_negative_sample_size=7,
+    )  # fmt: skip
+    prefixes = Prefixes(data, model.spec.max_len, model.spec.mask_token)
+    every = np.arange(len(prefixes))
+    expected = hard_negatives(model, evaluation_loader(prefixes, 16, 0), size)
+    assert np.array_equal(retrieved_negatives(flags, data, every, CPU), expected)
+    seen = every[1::3]
+    negatives = retrieved_negatives(flags, data, seen, CPU)
+    assert negatives.dtype == np.int32 and negatives.shape == (len(prefixes), size)
+    assert np.array_equal(negatives[seen], expected[seen]) and (negatives[seen] > 0).all()
+    assert not np.delete(negatives, seen, axis=0).any()
+
+
+def test_random_negatives_need_no_retriever(data: SequenceDataset):
+    assert retrieved_negatives(config(), data, np.arange(3), CPU) is None
+
+
+def test_a_retriever_that_cannot_be_loaded(data: SequenceDataset, tmp_path: Path):
+    folder = save_run(small_model("lru"), tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 99)
+    flags = config(llm_retrieved_path=folder, train_candidates="mixed")
+    with pytest.raises(UserError, match=r"cannot load the retriever .*run train_retriever\.py"):
+        retrieved_negatives(flags, data, np.arange(3), CPU)
+
+
+# Training prompts -------------------------------------------------------------------------------
+
+
+def test_training_prompts(
+    data: SequenceDataset, prompts: PromptBuilder, language_model: LanguageModel
+):
+    def examples(negatives: np.ndarray | None = None, **flags: Any) -> Any:
+        options = {"llm_negative_sample_size": 4, "llm_max_history": 3, **flags}
+        return training_prompts(config(**options), data, prompts, language_model, negatives)
+
+    history, candidates, _ = examples().example(8)
+    assert len(history) == 3 and len(candidates) == 5
+    assert not np.array_equal(examples(seed=1).example(8)[1], candidates)
+    negatives = np.tile(np.array([[30, 29, 0]], dtype=np.int32), (len(examples()), 1))
+    assert {29, 30} <= set(examples(negatives).example(0)[1].tolist())
+    numbers = list(range(12))
+    batches = examples(lora_micro_batch_size=5).__getitems__(numbers)
+    assert max(len(batch["users"]) for batch in batches) <= 5
+    batches = examples(train_batch_size=3).__getitems__(numbers)
+    assert max(len(batch["users"]) for batch in batches) <= 3
+    for on_inputs in (False, True):
+        (batch, *_) = examples(llm_train_on_inputs=on_inputs).__getitems__(numbers)
+        assert (batch["targets"].shape[1] > 2) == on_inputs
+
+
+def test_loop_settings(language_model: LanguageModel):
+    flags = config(
+        lora_num_epochs=3, lora_val_iterations=7, lora_early_stopping_patience=2,
+        rerank_best_metric="MRR@5",
+    )  # fmt: skip
+    settings = ranker_loop(flags, language_model)
+    assert (settings.num_epochs, settings.val_steps, settings.patience) == (3, 7, 2)
+    assert settings.best_metric == "MRR@5" and "--lora_lr" in settings.advice.diverged
+    assert "--tokens_per_batch than 1,024" in settings.advice.out_of_memory
+
+
+# Evaluation -------------------------------------------------------------------------------------
+
+
+@pytest.fixture()
+def candidates(data: SequenceDataset) -> dict[str, Candidates]:
+    """20 random candidates of each user; those of users 0, 1 and 4 have the target."""
+    splits = {}
+    for split, seed in (("val", 0), ("test", 1)):
+        rng = np.random.default_rng(seed)
+        targets = data.targets(split)
+        items = np.empty((5, 20), dtype=np.int32)
+        ranks = np.full(5, 25, dtype=np.int32)
+        for user, target in enumerate(targets):
+            others = rng.permutation(np.setdiff1d(np.arange(1, 31), [target]))[:20]
+            if user in (0, 1, 4):
+                ranks[user] = 1 + rng.integers(20)
+                others[ranks[user] - 1] = target
+            items[user] = others
+        scores = np.tile(-np.arange(20, dtype=np.float32), (5, 1))
+        splits[split] = Candidates(items, scores, targets, ranks)
+    return splits
+
+
+@pytest.fixture()
+def evaluator(
+    data: SequenceDataset,
+    candidates: dict[str, Candidates],
+    prompts: PromptBuilder,
+    tiny_llama: Path,
+    tmp_path: Path,
+) -> Evaluator:
+    from transformers import AutoModelForCausalLM
+
+    from model.language_model import add_lora
+
+    flags = config(rerank_metric_ks=(1, 10), val_batch_size=2, test_batch_size=3)
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    model = add_lora(base, rank=2, alpha=4, dropout=0.5, target_modules=["q_proj"])
+    loaders = evaluation_loaders(flags, data, candidates, prompts, pad_id=1)
+    assert {split: len(loader) for split, loader in loaders.items()} == {"val": 2, "test": 1}
+    letter_ids = torch.from_numpy(prompts.letter_ids)
+    return Evaluator(flags, model, tmp_path / "adapter", candidates, loaders, letter_ids)
+
+
+def perturb(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data += torch.randn_like(parameter)
+
+
+def test_validation(evaluator: Evaluator):
+    users, scores = evaluator.score("val", "")
+    assert users.tolist() == [0, 1, 4] and scores.shape == (3, 20)
+    ranks = reranked(evaluator.candidates["val"], users, scores).label_ranks
+    assert evaluator.validate() == ranking_metrics(ranks, (1, 10))
+
+
+def test_validation_scores_of_the_best_adapter_are_kept(evaluator: Evaluator):
+    evaluator.validate()
+    evaluator.save_best()
+    best = evaluator.score("val", "")
+    assert (evaluator.adapter / "adapter_model.safetensors").exists()
+    perturb(evaluator.model)
+    evaluator.validate()  # not the best
+    kept = evaluator.best_validation_scores()
+    assert np.array_equal(kept[1], best[1])
+    assert not np.array_equal(evaluator.score("val", "")[1], best[1])
+
+
+def test_validation_scores_after_an_interruption(evaluator: Evaluator):
+    expected = evaluator.score("val", "")
+    users, scores = evaluator.best_validation_scores()
+    assert users.tolist() == [0, 1, 4] and np.array_equal(scores, expected[1])
+
+
+def test_scores_that_are_not_numbers(evaluator: Evaluator):
+    evaluator.model.get_output_embeddings().weight.data.fill_(torch.nan)
+    with pytest.raises(UserError, match=r"infinite or NaN: start from scratch .*--lora_lr"):
+        evaluator.validate()
+
+
+def test_results(evaluator: Evaluator, candidates: dict[str, Candidates], tmp_path: Path):
+    results = evaluate(evaluator)
+    test = candidates["test"]
+    users, scores = evaluator.score("test", "")
+    weight = fusion_weight(candidates["val"], *evaluator.score("val", ""), "NDCG@10")
+    ranked = reranked(test, users, scores)
+    fused = reranked(test, users, fused_scores(test, users, scores, weight))
+    ranks, fused_ranks = test.label_ranks.copy(), test.label_ranks.copy()
+    ranks[users], fused_ranks[users] = ranked.label_ranks, fused.label_ranks
+    assert results.metrics == {
+        "subset": ranking_metrics(ranked.label_ranks, (1, 10)),
+        "retrieval": ranking_metrics(test.label_ranks, (1, 10)),
+        "overall": ranking_metrics(ranks, (1, 10)),
+        "fused": ranking_metrics(fused_ranks, (1, 10)) | {"weight": weight},
+    }
+    columns = shown_columns(results)
+    assert list(columns) == ["retriever", "two stages", "fused", "retriever (sub)", "ranker (sub)"]
+    assert columns["two stages"] == results.metrics["overall"]
+    assert columns["retriever (sub)"] == ranking_metrics(test.label_ranks[users], (1, 10))
+    write(results, tmp_path)
+    with np.load(tmp_path / "rankings.npz") as file:
+        arrays = dict(file)
+    assert {name: x.dtype.name for name, x in arrays.items()} == {
+        "users": "int32", "items": "int32", "scores": "float32", "labels": "int32",
+        "label_ranks": "int32", "fused_label_ranks": "int32",
+    }  # fmt: skip
+    expected = [users, ranked.items, ranked.scores, test.labels, ranks, fused_ranks]
+    for name, array in zip(arrays, expected):
+        assert np.array_equal(arrays[name], array), name
+    files = sorted(path.name for path in tmp_path.glob("*_metrics.json"))
+    assert files == [f"{x}_metrics.json" for x in ("fused", "overall", "retrieval", "subset")]
+    for name, values in results.metrics.items():
+        assert json.loads((tmp_path / f"{name}_metrics.json").read_text()) == values

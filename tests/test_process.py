@@ -1,0 +1,126 @@
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import process
+from errors import ArgumentError, UserError
+from process import (
+    Terminated,
+    check_device,
+    deferred_signals,
+    has_cuda_driver,
+    raise_interrupt,
+    set_up,
+    use_cuda,
+)
+
+# Signals ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture()
+def _sigterm_handler() -> Iterator[None]:
+    """Restore the handler of SIGTERM."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.mark.usefixtures("_sigterm_handler")
+def test_sigterm_raises_like_ctrl_c(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    set_up()
+    with pytest.raises(Terminated):
+        signal.raise_signal(signal.SIGTERM)
+    assert issubclass(Terminated, KeyboardInterrupt)
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    set_up()
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"  # the user's choice wins
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_deferred_signals(number: signal.Signals):
+    handlers = [signal.getsignal(x) for x in process.DEFERRED_SIGNALS]
+    with deferred_signals() as received:
+        signal.raise_signal(number)
+        assert received == [number]
+    assert [signal.getsignal(x) for x in process.DEFERRED_SIGNALS] == handlers
+
+
+def test_signals_are_not_deferred_after_the_block():
+    with pytest.raises(ZeroDivisionError), deferred_signals():
+        _ = 1 / 0
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_deferred_signals_outside_the_main_thread():
+    received: list[list[int]] = []
+
+    def work() -> None:
+        with deferred_signals() as signals:
+            received.append(signals)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert received == [[]]
+
+
+def test_raise_interrupt():
+    with pytest.raises(Terminated):
+        raise_interrupt(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        raise_interrupt(signal.SIGINT)
+    assert not isinstance(caught.value, Terminated)
+
+
+# Devices ----------------------------------------------------------------------------------------
+
+
+def test_a_run_has_one_process(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    check_device("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="start it with python"):
+        check_device("cpu")
+
+
+def test_cuda_without_a_driver(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("process.has_cuda_driver", lambda: False)
+    check_device(None)
+    check_device("cpu")
+    with pytest.raises(ArgumentError) as caught:
+        check_device("cuda")
+    assert str(caught.value) == "device cuda: this machine has no CUDA driver; use cpu"
+    monkeypatch.setattr("process.has_cuda_driver", lambda: True)
+    check_device("cuda")
+
+
+def test_has_cuda_driver(monkeypatch: pytest.MonkeyPatch):
+    def missing(name: str) -> None:
+        raise OSError
+
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("ctypes.CDLL", missing)
+    assert not has_cuda_driver()
+    monkeypatch.setattr("ctypes.CDLL", lambda name: None)
+    assert has_cuda_driver()
+    monkeypatch.setattr("ctypes.CDLL", missing)
+    monkeypatch.setattr("sys.platform", "win32")
+    assert has_cuda_driver()  # only torch can tell
+
+
+@pytest.mark.parametrize("available", [False, True])
+def test_use_cuda(available: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    assert use_cuda(None) is available and use_cuda("cpu") is False
+    if available:
+        assert use_cuda("cuda")
+    else:
+        with pytest.raises(ArgumentError, match="device cuda: torch finds no CUDA device"):
+            use_cuda("cuda")
