@@ -146,11 +146,15 @@ def _note_unused(words: Settings, unused: set[str]) -> None:
         print(f"note: no effect on this run: {' '.join(names)}", file=sys.stderr)
 
 
-def run_main(main: Main) -> None:
+def run_main(main: Main, *, can_resume: bool = True) -> None:
     """Run an entry script.
 
     A mistake of the user is printed as one line on stderr, with exit status 2. Ctrl-C exits with
     status 130, SIGTERM with 143.
+
+    Args:
+        main: the script; it receives None, for ``sys.argv``.
+        can_resume: whether an interrupted run can be resumed.
     """
     process.set_up()
     try:
@@ -164,8 +168,8 @@ def run_main(main: Main) -> None:
     except KeyboardInterrupt as error:
         # A progress bar that the signal left half constructed would complain.
         sys.unraisablehook = lambda _: None
-        advised = "run the same command with --resume and without --overwrite"
-        print(f"interrupted: to continue, {advised}", file=sys.stderr)
+        advised = "to continue, run the same command with --resume and without --overwrite"
+        print(f"interrupted: {advised}" if can_resume else "interrupted", file=sys.stderr)
         sys.exit(143 if isinstance(error, process.Terminated) else 130)
 
 

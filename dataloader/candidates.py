@@ -111,7 +111,7 @@ def _value_problem(candidates: Candidates, data: SequenceDataset, split: str) ->
         return f"items must be from 1 to {data.num_items}"
     if (np.diff(np.sort(items, axis=1), axis=1) == 0).any():
         return "items contain the same item twice for a user"
-    if np.isnan(scores).any() or (np.diff(scores, axis=1) > 0).any():
+    if np.isnan(scores).any() or (scores[:, 1:] > scores[:, :-1]).any():
         return "scores do not descend"
     if (labels != data.targets(split)).any():
         return "labels are not the held-out items"

@@ -31,6 +31,7 @@ class LanguageModel(NamedTuple):
     Attributes:
         base: its files.
         revision: the hub's commit, or a hash of the folder's content.
+        tokenizer_revision: the same for the tokenizer.
         tokenizer: its tokenizer, or the one that the flags name.
         eos_id: token that ends a sequence.
         device: ``cpu`` or ``cuda``.
@@ -40,6 +41,7 @@ class LanguageModel(NamedTuple):
 
     base: BaseModel
     revision: str
+    tokenizer_revision: str
     tokenizer: Tokenizer
     eos_id: int
     device: str
@@ -57,6 +59,7 @@ class LanguageModel(NamedTuple):
             "device": self.device,
             "llm_base_model": self.base.name,
             "llm_revision": self.revision,
+            "llm_tokenizer_revision": self.tokenizer_revision,
             "llm_load_in_4bit": self.in_4bit,
             "tokens_per_batch": self.max_tokens,
         }
@@ -91,16 +94,21 @@ def find_language_model(config: LanguageModelConfig) -> LanguageModel:
         flag_names(max_text_len="llm_max_text_len", target_modules="lora_target_modules"),
     ):
         check_fits(base, tokenizer, config.llm_max_text_len, config.lora_target_modules)
-    in_4bit = config.llm_load_in_4bit
+    in_4bit, revision = config.llm_load_in_4bit, _revision(base)
     return LanguageModel(
         base=base,
-        revision=base.revision or content_hash(base.folder),
+        revision=revision,
+        tokenizer_revision=revision if source is base else _revision(source),
         tokenizer=tokenizer,
         eos_id=eos_id,
         device=device,
         in_4bit=device == "cuda" if in_4bit is None else in_4bit,
         max_tokens=config.tokens_per_batch or TOKENS_PER_BATCH[device],
     )
+
+
+def _revision(model: BaseModel) -> str:
+    return model.revision or content_hash(model.folder)
 
 
 def _cuda_is_available(config: LanguageModelConfig) -> bool:

@@ -21,15 +21,16 @@ from process import (
 # Signals ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture()
-def _sigterm_handler() -> Iterator[None]:
-    """Restore the handler of SIGTERM."""
-    handler = signal.getsignal(signal.SIGTERM)
+@pytest.fixture(autouse=True)
+def _default_handlers() -> Iterator[None]:
+    """Handle signals as in a terminal; a shell starts background jobs with SIGINT ignored."""
+    sigint = signal.signal(signal.SIGINT, signal.default_int_handler)
+    sigterm = signal.getsignal(signal.SIGTERM)
     yield
-    signal.signal(signal.SIGTERM, handler)
+    signal.signal(signal.SIGINT, sigint)
+    signal.signal(signal.SIGTERM, sigterm)
 
 
-@pytest.mark.usefixtures("_sigterm_handler")
 def test_sigterm_raises_like_ctrl_c(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
     set_up()

@@ -1,5 +1,6 @@
 import os
 import signal
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -75,6 +76,15 @@ class Squares(Dataset):
         }
 
 
+@pytest.fixture()
+def _default_handler() -> Iterator[None]:
+    """Handle SIGINT as in a terminal; a shell starts background jobs with it ignored."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("_default_handler")
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_loaders_give_batches_in_order(num_workers: int):
     sampler = ShuffledBatches(10, 4, seed=0)

@@ -32,6 +32,7 @@ def test_a_model_on_the_cpu(folder: Path):
     assert model.tokenizer.get_vocab_size() <= 400
     assert model.details() == {
         "device": "cpu", "llm_base_model": "model", "llm_revision": content_hash(folder),
+        "llm_tokenizer_revision": content_hash(folder),
         "llm_load_in_4bit": False, "tokens_per_batch": 1024,
     }  # fmt: skip
 
@@ -86,6 +87,7 @@ def test_another_tokenizer(folder: Path, tmp_path: Path):
     (tokenizer / "config.json").write_text("{}")
     (folder / "tokenizer.json").unlink()
     model = find_language_model(config(folder, llm_base_tokenizer=str(tokenizer)))
+    assert model.tokenizer_revision == content_hash(tokenizer) != model.revision
     assert model.eos_id == 0 and model.base.folder == folder
 
 

@@ -451,8 +451,9 @@ def test_a_diverged_loss_is_found_before_an_interruption_saves_it(run: Run):
         if number == 13:
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(UserError, match="at step 12"):
+    with pytest.raises((UserError, KeyboardInterrupt)) as caught:
         run.trainer(Examples(interrupt)).fit(resume=False)
+    assert "the loss is nan at step 12" in str(caught.value)
     state = load_checkpoint(run.folder / "checkpoint.safetensors", "mine")
     assert state["progress"]["step"] == 10
 
