@@ -72,7 +72,7 @@ def parse(
     if given.get("dataset_code") is None:
         given["dataset_code"] = _ask_for_dataset()
     settings = config(**{**preset(given), **given})
-    _note_unused(words, {*foreign, *UNUSED_FLAGS.get(words.get("model_code", "lru"), ())})
+    _note_unused(words, {*foreign, *_unused_flags(settings)})
     return settings
 
 
@@ -138,6 +138,16 @@ def _ask_for_dataset() -> str:
     if code not in DATASET_CODES:
         raise UserError(f"'{choice}' is not a data set: type 1, b or g, or one of {codes}")
     return code
+
+
+def _unused_flags(settings: CommonConfig) -> set[str]:
+    """Flags that other settings leave without an effect."""
+    return {
+        name
+        for (flag, value), names in UNUSED_FLAGS.items()
+        if getattr(settings, flag, None) == value
+        for name in names
+    }
 
 
 def _note_unused(words: Settings, unused: set[str]) -> None:

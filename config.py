@@ -32,11 +32,15 @@ from metrics import split_metric
 DATASET_CODES = ("ml-100k", "beauty", "games", "ml-100k-classic", "custom")
 DATASET_KEYS = {"1": "ml-100k", "b": "beauty", "g": "games"}  # at the prompt
 MODEL_CODES = ("lru", "sas", "bert", "narm")
-UNUSED_FLAGS = {  # by model
-    "lru": ("num_heads", "mask_prob"),
-    "sas": ("mask_prob",),
-    "narm": ("num_heads", "mask_prob"),
-}
+UNUSED_FLAGS = {  # by the value of another flag
+    ("model_code", "lru"): ("num_heads", "mask_prob"),
+    ("model_code", "sas"): ("mask_prob",),
+    ("model_code", "narm"): ("num_heads", "mask_prob"),
+    ("verbalizer", "titles"): (
+        "llm_train_on_inputs", "llm_negative_sample_size", "llm_system_template",
+        "llm_input_template", "train_candidates", "response_loss", "permutations",
+    ),
+}  # fmt: skip
 TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 1024}  # default of --tokens_per_batch
 
 
@@ -297,6 +301,12 @@ class RankerConfig(LanguageModelConfig):
     llm_retrieved_path: str | None = handling_flag(
         None, "run of the retriever; experiments/lru/<data set> by default"
     )
+    verbalizer: str = result_flag(
+        "letters",
+        "score candidates by the logits of their index letters, as in the paper, or by the "
+        "likelihood of their titles",
+        choices=("letters", "titles"),
+    )
     llm_max_title_len: int = result_flag(32, "longest title in tokens", positive)
     llm_max_history: int = result_flag(20, "most recent items in the prompt", positive)
     llm_train_on_inputs: bool = result_flag(
@@ -329,6 +339,9 @@ class RankerConfig(LanguageModelConfig):
     )
     rerank_metric_ks: tuple[int, ...] = result_flag(
         (1, 5, 10), "cut-offs of the metrics", positive, many=True
+    )
+    val_users: int | None = result_flag(
+        None, "validate on this many random users; on all if absent", positive
     )
     rerank_best_metric: str = result_flag("NDCG@10", "validation metric that selects the adapter")
     train_batch_size: int = result_flag(16, "prompts per optimizer step", positive)
@@ -487,6 +500,33 @@ _TUNED_BY_BOTH: dict[tuple[str, str], dict[str, Any]] = {
     ("ml-100k", "lru"): {"title_encoder": "none"} | _dropouts(0.6),
     ("ml-100k", "narm"): _dropouts(0.4),
 }
+
+
+# For the likelihood of titles a target costs the tokens of its title, not of a prompt, so larger
+# adapters can be trained for a whole epoch on a CPU.
+_TITLES: dict[str, Any] = {
+    "lora_r": 32,
+    "lora_alpha": 64,
+    "lora_dropout": 0.0,
+    "lora_target_modules": (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    ),
+    "lora_lr": 1e-3,
+    "lr_decay": "cosine",
+    "warmup_steps": 20,
+    "train_batch_size": 32,
+    "lora_val_iterations": 200,
+    "val_users": 500,
+}  # fmt: skip
+
+
+def ranker_preset(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Look up the settings of a verbalizer.
+
+    Args:
+        given: ``verbalizer`` unless it is the default.
+    """
+    return _TITLES if given.get("verbalizer") == "titles" else {}
 
 
 def retriever_preset(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,14 +6,16 @@ Example:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cli import parse, run_main
-from config import RankerConfig
+from config import RankerConfig, ranker_preset
 from dataloader.candidates import CANDIDATES_FILE, Candidates, load_candidates
 from dataloader.prompt import PromptBuilder
+from dataloader.title_prompt import TitlePrompts
 from datasets import SequenceDataset
 from datasets.base import Filters
 from errors import ArgumentError, UserError, advice
@@ -31,6 +33,7 @@ OUTPUTS = (
     "retrieval_metrics.json",
     "overall_metrics.json",
     "fused_metrics.json",
+    "fusion.json",
 )
 INHERITED_FLAGS = (
     "dataset_code", "data_root", "cache_root", "interactions", "items",
@@ -41,7 +44,7 @@ RETRAIN = "run train_retriever.py again"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the settings, the data and the candidates, check them, then train."""
-    config = parse(RankerConfig, argv, __doc__, inherit=retriever_settings)
+    config = parse(RankerConfig, argv, __doc__, preset=ranker_preset, inherit=retriever_settings)
     check_device(config.device)
     data = load_data(config)
     check_examples(data)
@@ -115,7 +118,7 @@ def build_prompts(
     data: SequenceDataset,
     candidates: Mapping[str, Candidates],
     language_model: LanguageModel,
-) -> PromptBuilder:
+) -> PromptBuilder | TitlePrompts:
     """The builder of prompts for training and evaluation.
 
     Raises:
@@ -123,6 +126,15 @@ def build_prompts(
     """
     sizes = [split.items.shape[1] for split in candidates.values()]
     try:
+        if config.verbalizer == "titles":
+            note_equal_titles(data)
+            return TitlePrompts(
+                language_model.tokenizer,
+                data.titles,
+                max_history=config.llm_max_history,
+                max_title_len=config.llm_max_title_len,
+                max_text_len=config.llm_max_text_len,
+            )
         return PromptBuilder(
             language_model.tokenizer,
             data.titles,
@@ -134,10 +146,21 @@ def build_prompts(
         )
     except ArgumentError as error:
         if error.argument == "max_text_len":
-            advised = "raise it or lower --llm_max_title_len"
+            advised = "raise it or lower --llm_max_title_len or --llm_max_history"
             raise UserError(f"--llm_{error}; {advised}") from error
         advised = "lower --llm_negative_sample_size and the retriever's --num_candidates"
         raise UserError(f"{error.value} candidates: {error.problem}; {advised}") from error
+
+
+def note_equal_titles(data: SequenceDataset) -> None:
+    """Point out items that the likelihood of titles cannot tell apart."""
+    num_equal = data.num_items - len(set(data.titles[1:]))
+    if num_equal:
+        print(
+            f"note: {num_equal:,} of {data.num_items:,} items have the title of another item, so "
+            "that their scores are equal",
+            file=sys.stderr,
+        )
 
 
 def run_details(

@@ -248,6 +248,7 @@ class EvaluationPrompts(Dataset):
         prompts: PromptBuilder,
         *,
         max_history: int,
+        users: np.ndarray | None = None,
         pad_id: int,
         permutations: int = 1,
         seed: int = 0,
@@ -256,7 +257,7 @@ class EvaluationPrompts(Dataset):
         self.permutations, self.seed = permutations, seed
         self.data, self.ends = data, data.history_ends(split)
         self.candidates, self.max_history = candidates, max_history
-        users = candidates.retrieved
+        users = candidates.retrieved if users is None else users
         order = np.arange(candidates.items.shape[1])
         lengths = np.array([len(self._prompt(user, order)) for user in users], dtype=np.int64)
         self.users = users[np.argsort(lengths, kind="stable")]

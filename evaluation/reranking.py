@@ -1,4 +1,4 @@
-"""Scoring candidates with the ranker, fusing both stages, and their ranks together."""
+"""Scoring candidates with the ranker, and the ranks of both stages together."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from torch.utils.data import DataLoader
 from dataloader.candidates import Candidates
 from errors import InputError
 from evaluation.sweep import sweep
-from metrics import ranking_metrics, split_metric
+from model.title_likelihood import title_scores
 from model.verbalizer import candidate_scores
-
-FUSION_STEPS = 20  # weights tried between 0 and 1
 
 
 def score_candidates(
@@ -53,10 +51,63 @@ def score_candidates(
     )
     sums = torch.zeros(len(users), len(letter_ids))
     sums.index_add_(0, index, torch.from_numpy(rows["scores"]))
-    num_broken = int((~sums.isfinite()).any(1).sum())
-    if num_broken:  # sorting would silently keep the retriever's order
-        raise InputError(f"the ranker's scores of {num_broken:,} users are infinite or NaN")
+    _check_finite(sums)
     return users.numpy(), (sums / counts[:, None]).numpy()
+
+
+def _check_finite(scores: Tensor) -> None:
+    """Refuse scores that sorting would silently turn into the retriever's order.
+
+    Raises:
+        InputError: scores are infinite or NaN.
+    """
+    num_broken = int((~scores.isfinite()).any(1).sum())
+    if num_broken:
+        raise InputError(f"the ranker's scores of {num_broken:,} users are infinite or NaN")
+
+
+def score_titles(model: nn.Module, loader: DataLoader, description: str) -> np.ndarray:
+    """Score the candidates of every user in the loader by the likelihood of their titles.
+
+    Args:
+        model: the ranker.
+        loader: batches of ``CandidateTitles``.
+        description: title of the progress bar.
+
+    Returns:
+        (n, C) float32 scores in the candidates' order, by ascending user.
+
+    Raises:
+        InputError: scores are infinite or NaN.
+    """
+
+    def step(batch: dict[str, Any]) -> dict[str, Tensor]:
+        return {"users": batch["users"], "scores": title_scores(model, batch)}
+
+    rows = sweep(model, loader, step, description=description)
+    _check_finite(torch.from_numpy(rows["scores"]))
+    return rows["scores"][np.argsort(rows["users"])]
+
+
+def score_catalogue_titles(model: nn.Module, loader: DataLoader, num_items: int) -> np.ndarray:
+    """Score the titles of all items without a history.
+
+    Args:
+        model: the ranker.
+        loader: batches of ``CatalogueTitles``.
+        num_items: V.
+
+    Returns:
+        (V + 1,) float32 log-likelihoods, 0 for item 0.
+    """
+
+    def step(batch: dict[str, Any]) -> dict[str, Tensor]:
+        return {"items": batch["items"], "scores": title_scores(model, batch)}
+
+    rows = sweep(model, loader, step, description="titles without a history")
+    scores = np.zeros(num_items + 1, dtype=np.float32)
+    scores[rows["items"].ravel()] = rows["scores"].ravel()
+    return scores
 
 
 def reranked(candidates: Candidates, users: np.ndarray, scores: np.ndarray) -> Candidates:
@@ -80,54 +131,6 @@ def reranked(candidates: Candidates, users: np.ndarray, scores: np.ndarray) -> C
         labels,
         (positions + 1).astype(np.int32),
     )
-
-
-def _log_softmax(scores: np.ndarray) -> np.ndarray:
-    scores = scores.astype(np.float64)
-    scores = scores - scores.max(axis=1, keepdims=True)
-    return scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
-
-
-def fused_scores(
-    candidates: Candidates, users: np.ndarray, scores: np.ndarray, weight: float
-) -> np.ndarray:
-    """Fuse both stages: the weighted mean of their log-probabilities over the candidates.
-
-    Args:
-        candidates: candidates of all users, from the retriever.
-        users: (n,) users that the ranker scored.
-        scores: (n, C) the ranker's scores in the candidates' order.
-        weight: weight of the ranker, from 0 (the retriever's order) to 1 (the ranker's).
-
-    Returns:
-        (n, C) float64.
-    """
-    if weight == 1:  # the retriever's scores may be minus infinity, and 0 times that is NaN
-        return _log_softmax(scores)
-    return weight * _log_softmax(scores) + (1 - weight) * _log_softmax(candidates.scores[users])
-
-
-def fusion_weight(
-    candidates: Candidates, users: np.ndarray, scores: np.ndarray, metric: str
-) -> float:
-    """Choose the ranker's weight, of 0, 0.05, ..., 1, that is best on the validation split.
-
-    Args:
-        candidates: see ``fused_scores``.
-        users: see ``fused_scores``.
-        scores: see ``fused_scores``.
-        metric: metric to maximize, e.g. ``NDCG@10``.
-
-    Returns:
-        The best weight, the smallest of equally good ones.
-    """
-    _, k = split_metric(metric)
-
-    def quality(weight: float) -> float:
-        fused = reranked(candidates, users, fused_scores(candidates, users, scores, weight))
-        return ranking_metrics(fused.label_ranks, [k])[metric]
-
-    return max((step / FUSION_STEPS for step in range(FUSION_STEPS + 1)), key=quality)
 
 
 def two_stage_ranks(candidates: Candidates, users: np.ndarray, ranking: Candidates) -> np.ndarray:

@@ -8,6 +8,7 @@ Models, ICLR 2022 (https://arxiv.org/abs/2106.09685).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -123,6 +124,7 @@ def add_lora(
     alpha: int,
     dropout: float,
     target_modules: Sequence[str],
+    keep_input_dtype: bool = False,
 ) -> PeftModel:
     """Freeze a model and add trainable low-rank adapters to some of its linear layers.
 
@@ -135,6 +137,8 @@ def add_lora(
         alpha: numerator of their scale.
         dropout: dropout probability of their inputs.
         target_modules: names of the layers.
+        keep_input_dtype: whether the adapters compute in the dtype of their input, under autocast;
+            by default PEFT casts the input to the adapters' float32.
 
     Raises:
         ArgumentError: ``target_modules`` cannot have adapters.
@@ -155,10 +159,24 @@ def add_lora(
     cast(LoraConfig, adapted.peft_config["default"]).target_modules = list(target_modules)
     module: Any
     for module in adapted.modules():
+        if keep_input_dtype and hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
         for name in getattr(module, "lora_dropout", ()):
             if isinstance(module.lora_dropout[name], nn.Dropout):
                 module.lora_dropout[name] = Dropout(dropout)
+    cast(Any, adapted).keep_input_dtype = keep_input_dtype
     return cast(PeftModel, adapted)
+
+
+def adapter_precision(model: Any) -> AbstractContextManager[Any]:
+    """Context for the forward pass of a model whose adapters keep the dtype of their input.
+
+    The adapters' weights stay in float32 for the optimizer and are cast to bfloat16 once per
+    forward pass. Without ``keep_input_dtype`` the context does nothing.
+    """
+    if not getattr(model, "keep_input_dtype", False) or model.dtype != torch.bfloat16:
+        return nullcontext()
+    return torch.autocast(model.device.type, dtype=torch.bfloat16)
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
@@ -218,6 +236,7 @@ def activation_bytes_per_token(model: PeftModel) -> float:
     with (
         torch.random.fork_rng([model.device] if model.device.type == "cuda" else []),
         torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor),
+        adapter_precision(model),
     ):
         output = causal_lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
     model.eval()

@@ -3,39 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from peft import PeftModel
-from torch.utils.data import DataLoader, Subset
 
 from config import RankerConfig
-from dataloader.candidates import Candidates
+from dataloader.candidates import SPLITS, Candidates
 from dataloader.prompt import PromptBuilder
-from dataloader.prompt_batches import EvaluationPrompts, TrainingPrompts
-from dataloader.sampler import ShuffledBatches, evaluation_loader
-from dataloader.sequences import Prefixes
+from dataloader.sampler import ShuffledBatches
+from dataloader.title_prompt import TitlePrompts
 from datasets import SequenceDataset
 from errors import advice
-from evaluation.reranking import (
-    fused_scores,
-    fusion_weight,
-    reranked,
-    score_candidates,
-    two_stage_ranks,
+from evaluation.fusion import (
+    RETRIEVER,
+    Fusion,
+    fit_fusion,
+    log_losses,
+    log_softmax,
+    targets_among,
 )
-from evaluation.retrieval import hard_negatives
+from evaluation.reranking import reranked, two_stage_ranks
 from metrics import ranking_metrics
 from model.language_model import load_adapter, save_adapter
-from model.registry import load_retriever
-from model.verbalizer import response_loss
 from recipes.language_model import LanguageModel
 from recipes.runs import FROM_SCRATCH, is_finished
 from recipes.training import build_trainer, close_run, loop_settings, metrics_table, open_run
 from recipes.tuning import load_with_adapters, tuning_advice
+from recipes.verbalizers import Verbalizer, build_verbalizer
 from storage import read_json, write_arrays, write_json
 from trainer.loop import LoopSettings, Metrics, Trainer
 from trainer.optimization import make_accelerator
@@ -43,8 +39,9 @@ from trainer.run_folder import RunFolder
 
 ADAPTER = "adapter"
 RANKINGS = "rankings.npz"
+FUSION = "fusion.json"
+MIN_LOG_PROBABILITY = -50.0
 METRICS = "{}_metrics.json"
-RETRIEVER_BATCH_SIZE = 256
 
 
 def train(
@@ -53,7 +50,7 @@ def train(
     run: RunFolder,
     candidates: dict[str, Candidates],
     language_model: LanguageModel,
-    prompts: PromptBuilder,
+    prompts: PromptBuilder | TitlePrompts,
     details: Mapping[str, Any],
 ) -> None:
     """Tune, select on validation, evaluate on the test split and write the run's files.
@@ -79,11 +76,13 @@ def train(
     write(results, run.path)
     overall = results.metrics["overall"]
     close_run(run, trainer.log, {f"test_{name}": x for name, x in overall.items()})
+    losses = results.fusion["log_loss"]["test"]
     print(
         f"\n{data.code}, {language_model.base.name}, best at step {progress.best_step:,}: all "
         f"users, then (sub) those whose target is among the candidates.\n"
-        f"Fused scores give the ranker a weight of {results.metrics['fused']['weight']:.2f}, "
-        "chosen on validation.\n"
+        "Log-loss on the latter: "
+        + ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        + "\n"
     )
     print(metrics_table(shown_columns(results)))
     print(f"\nwritten to {run.path}")
@@ -98,22 +97,26 @@ def set_up(
     run: RunFolder,
     candidates: Mapping[str, Candidates],
     language_model: LanguageModel,
-    prompts: PromptBuilder,
+    prompts: PromptBuilder | TitlePrompts,
     details: Mapping[str, Any],
 ) -> tuple[Trainer, Evaluator]:
     """Build everything that training needs, and open the run's folder."""
     accelerator = make_accelerator(config.device, config.seed)
     settings = ranker_loop(config, language_model)
-    num_examples = len(data.training_prefixes()[0])
-    sampler = ShuffledBatches(num_examples, config.train_batch_size, config.seed)
+    verbalizer = build_verbalizer(
+        config, data, candidates, language_model, accelerator.device, prompts
+    )
+    sampler = ShuffledBatches(verbalizer.num_examples, config.train_batch_size, config.seed)
     seen = sampler.first_examples(settings.total_steps(len(sampler)))
-    negatives = retrieved_negatives(config, data, seen, accelerator.device)
-    examples = training_prompts(config, data, prompts, language_model, negatives)
-    loaders = evaluation_loaders(config, data, candidates, prompts, language_model.eos_id)
-    model = load_with_adapters(language_model, config, accelerator)
-    letter_ids = torch.from_numpy(prompts.letter_ids).to(accelerator.device)
-    evaluator = Evaluator(config, model, run.path / ADAPTER, candidates, loaders, letter_ids)
-    resolved = {"gradient_checkpointing": model.is_gradient_checkpointing}
+    examples = verbalizer.training_examples(seen)
+    model = load_with_adapters(
+        language_model, config, accelerator, keep_input_dtype=config.verbalizer == "titles"
+    )
+    evaluator = Evaluator(config, model, run.path / ADAPTER, candidates, verbalizer)
+    resolved = {
+        "gradient_checkpointing": model.is_gradient_checkpointing,
+        "total_steps": settings.total_steps(len(sampler)),
+    }
     trainer = build_trainer(
         config,
         run,
@@ -125,9 +128,7 @@ def set_up(
         settings=settings,
         lr=config.lora_lr,
         paged=language_model.paged,
-        loss=partial(
-            response_loss, letter_ids=letter_ids if config.response_loss == "letters" else None
-        ),
+        loss=verbalizer.loss,
         validate=evaluator.validate,
         save_best=evaluator.save_best,
         user_names=data.user_names,
@@ -147,85 +148,6 @@ def ranker_loop(config: RankerConfig, language_model: LanguageModel) -> LoopSett
     )
 
 
-def retrieved_negatives(
-    config: RankerConfig, data: SequenceDataset, seen: np.ndarray, device: torch.device
-) -> np.ndarray | None:
-    """Hard negatives from the retriever for the training examples of a run.
-
-    Args:
-        config: all settings.
-        data: the data set.
-        seen: (n,) indices of the examples.
-        device: device of the retriever.
-
-    Returns:
-        (examples, k) int32 items, rows of zeros for examples that are not seen; None if all
-        negatives are sampled at random.
-    """
-    if config.train_candidates == "random":
-        return None
-    with advice("run train_retriever.py again"):
-        retriever = load_retriever(config.retrieved_dir, data.num_items)
-    prefixes = Prefixes(data, retriever.spec.max_len, retriever.spec.mask_token)
-    loader = evaluation_loader(
-        Subset(prefixes, seen.tolist()), RETRIEVER_BATCH_SIZE, config.num_workers
-    )
-    size = config.llm_negative_sample_size // (1 if config.train_candidates == "retrieved" else 2)
-    negatives = np.zeros((len(prefixes), size), np.int32)
-    negatives[seen] = hard_negatives(retriever.to(device), loader, size)
-    return negatives
-
-
-def training_prompts(
-    config: RankerConfig,
-    data: SequenceDataset,
-    prompts: PromptBuilder,
-    language_model: LanguageModel,
-    negatives: np.ndarray | None,
-) -> TrainingPrompts:
-    """Training examples."""
-    return TrainingPrompts(
-        data,
-        prompts,
-        num_negatives=config.llm_negative_sample_size,
-        hard_negatives=negatives,
-        max_history=config.llm_max_history,
-        max_rows=config.lora_micro_batch_size or config.train_batch_size,
-        max_tokens=language_model.max_tokens,
-        eos_id=language_model.eos_id,
-        on_inputs=config.llm_train_on_inputs,
-        seed=config.seed,
-    )
-
-
-def evaluation_loaders(
-    config: RankerConfig,
-    data: SequenceDataset,
-    candidates: Mapping[str, Candidates],
-    prompts: PromptBuilder,
-    pad_id: int,
-) -> dict[str, DataLoader]:
-    """Prompts with the retriever's candidates, by split."""
-    batch_sizes = {"val": config.val_batch_size, "test": config.test_batch_size}
-    return {
-        split: evaluation_loader(
-            EvaluationPrompts(
-                data,
-                split,
-                candidates[split],
-                prompts,
-                max_history=config.llm_max_history,
-                pad_id=pad_id,
-                permutations=config.permutations,
-                seed=config.seed,
-            ),
-            batch_size,
-            config.num_workers,
-        )
-        for split, batch_size in batch_sizes.items()
-    }
-
-
 # Fit and evaluate ---------------------------------------------------------------------------------
 
 
@@ -237,8 +159,7 @@ class Evaluator:
         model: the ranker.
         adapter: folder of the best adapter.
         candidates: the retriever's candidates by split.
-        loaders: prompts by split.
-        letter_ids: token ids of the letters.
+        verbalizer: scores candidates.
     """
 
     def __init__(
@@ -247,94 +168,146 @@ class Evaluator:
         model: PeftModel,
         adapter: Path,
         candidates: Mapping[str, Candidates],
-        loaders: Mapping[str, DataLoader],
-        letter_ids: torch.Tensor,
+        verbalizer: Verbalizer,
     ) -> None:
         self.config, self.model, self.adapter = config, model, adapter
-        self.candidates, self.loaders, self.letter_ids = candidates, loaders, letter_ids
-        # Users and validation scores of the latest and of the best adapter.
-        self._latest: tuple[np.ndarray, np.ndarray] | None = None
-        self._best: tuple[np.ndarray, np.ndarray] | None = None
+        self.candidates, self.verbalizer = candidates, verbalizer
+        self.val_users = candidates["val"].retrieved
+        if config.val_users and config.val_users < len(self.val_users):
+            rng = np.random.default_rng(config.seed)
+            self.val_users = np.sort(rng.choice(self.val_users, config.val_users, replace=False))
+        self._latest_scores: np.ndarray | None = None  # (n, C) of val_users
+        self._best_scores: np.ndarray | None = None
 
-    def score(self, split: str, description: str) -> tuple[np.ndarray, np.ndarray]:
-        """Users (n,) and their scores (n, C)."""
-        num_candidates = self.candidates[split].items.shape[1]
+    def score(self, split: str, users: np.ndarray, description: str) -> np.ndarray:
+        """(n, C) scores of the candidates of ``users`` (n,)."""
         with advice(f"{FROM_SCRATCH} and a lower --lora_lr"):
-            return score_candidates(
-                self.model, self.loaders[split], self.letter_ids[:num_candidates], description
-            )
+            return self.verbalizer.score(self.model, split, users, description)
 
     def validate(self) -> Metrics:
-        """Metrics on the users of the validation split whose target was retrieved."""
-        self._latest = self.score("val", "validate")
-        ranks = reranked(self.candidates["val"], *self._latest).label_ranks
+        """Metrics on users of the validation split whose target was retrieved."""
+        scores = self.score("val", self.val_users, "validate")
+        self._latest_scores = scores
+        ranks = reranked(self.candidates["val"], self.val_users, scores).label_ranks
         return ranking_metrics(ranks, self.config.rerank_metric_ks)
 
     def save_best(self) -> None:
         """Keep the adapter of the latest validation."""
-        self._best = self._latest
+        self._best_scores = self._latest_scores
         save_adapter(self.model, self.adapter)
 
-    def best_validation_scores(self) -> tuple[np.ndarray, np.ndarray]:
-        """Users and validation scores of the best adapter, which the model must hold."""
-        if self._best is None:  # validated before the run was interrupted
-            self._best = self.score("val", "validate")
-        return self._best
+    def ranking_task(self, split: str) -> RankingTask:
+        """Features of the candidates of all users whose target was retrieved.
+
+        The model must hold the best adapter.
+        """
+        candidates = self.candidates[split]
+        users = candidates.retrieved
+        scores = self._best_scores if split == "val" else None
+        if scores is None or len(scores) < len(users):
+            scores = self.score(split, users, f"score, {split}")
+        # Items of the history that fill up short lists have a score of minus infinity.
+        retriever = np.maximum(log_softmax(candidates.scores[users]), MIN_LOG_PROBABILITY)
+        features = {RETRIEVER: retriever}
+        features |= self.verbalizer.features(self.model, split, users, scores)
+        targets = targets_among(candidates.items[users], candidates.labels[users])
+        return RankingTask(users, features, targets)
+
+
+class RankingTask(NamedTuple):
+    """Candidates to rank.
+
+    Attributes:
+        users: (n,) users whose target was retrieved.
+        features: (n, C) features of their candidates by name.
+        targets: (n,) index of the target among the candidates.
+    """
+
+    users: np.ndarray
+    features: dict[str, np.ndarray]
+    targets: np.ndarray
 
 
 class Results(NamedTuple):
     """Results of a finished run.
 
     Attributes:
-        users: (n,) users of the test split whose target was retrieved.
-        ranked: their candidates in the ranker's order.
-        labels: (num_users,) every user's target.
-        ranks: (num_users,) its rank after both stages.
-        fused_ranks: (num_users,) the same with fused scores.
+        rankings: arrays of ``rankings.npz`` by name.
         metrics: metrics by the name of their file.
-        retriever_subset: metrics of the retriever on ``users``.
+        retriever_subset: metrics of the retriever on the users whose target was retrieved.
+        fusion: content of ``fusion.json``.
     """
 
-    users: np.ndarray
-    ranked: Candidates
-    labels: np.ndarray
-    ranks: np.ndarray
-    fused_ranks: np.ndarray
+    rankings: dict[str, np.ndarray]
     metrics: dict[str, Metrics]
     retriever_subset: Metrics
+    fusion: dict[str, Any]
 
 
 def evaluate(evaluator: Evaluator) -> Results:
-    """Rank the candidates of the test split with the best adapter, alone and fused."""
-    val, test = evaluator.candidates["val"], evaluator.candidates["test"]
-    ks, metric = evaluator.config.rerank_metric_ks, evaluator.config.rerank_best_metric
-    weight = fusion_weight(val, *evaluator.best_validation_scores(), metric)
-    users, scores = evaluator.score("test", "test")
-    ranked = reranked(test, users, scores)
-    fused = reranked(test, users, fused_scores(test, users, scores, weight))
-    ranks = two_stage_ranks(test, users, ranked)
-    fused_ranks = two_stage_ranks(test, users, fused)
+    """Fit the fusion on validation, then rank the candidates of the test split."""
+    ks = evaluator.config.rerank_metric_ks
+    tasks = {split: evaluator.ranking_task(split) for split in SPLITS}
+    fusions = fit_fusions(tasks["val"])
+    test, (users, features, _) = evaluator.candidates["test"], tasks["test"]
+    ranked = reranked(test, users, fusions["ranker"].scores(features))
+    fused = reranked(test, users, fusions["fused"].scores(features))
+    ranks, fused_ranks = two_stage_ranks(test, users, ranked), two_stage_ranks(test, users, fused)
     metrics = {
         "subset": ranking_metrics(ranked.label_ranks, ks),
         "retrieval": ranking_metrics(test.label_ranks, ks),
         "overall": ranking_metrics(ranks, ks),
-        "fused": ranking_metrics(fused_ranks, ks) | {"weight": weight},
+        "fused": ranking_metrics(fused_ranks, ks),
+    }
+    rankings = {
+        "users": users.astype(np.int32),
+        "items": ranked.items,
+        "scores": ranked.scores.astype(np.float32),
+        "labels": test.labels,
+        "label_ranks": ranks,
+        "fused_label_ranks": fused_ranks,
     }
     retriever_subset = ranking_metrics(test.label_ranks[users], ks)
-    return Results(users, ranked, test.labels, ranks, fused_ranks, metrics, retriever_subset)
+    return Results(rankings, metrics, retriever_subset, fusion_record(fusions, tasks))
+
+
+def fit_fusions(task: RankingTask) -> dict[str, Fusion]:
+    """Fit the retriever alone (a temperature), the ranker alone, and both on a split."""
+    own = {name: values for name, values in task.features.items() if name != RETRIEVER}
+    main = next(iter(own))
+    ranker = Fusion({main: 1.0})
+    if len(own) > 1:
+        ranker = fit_fusion(own, task.targets, base=main)
+    retriever = {RETRIEVER: task.features[RETRIEVER]}
+    return {
+        "retriever": fit_fusion(retriever, task.targets, base=RETRIEVER),
+        "ranker": ranker,
+        "fused": fit_fusion(task.features, task.targets, base=RETRIEVER),
+    }
+
+
+def fusion_record(
+    fusions: Mapping[str, Fusion], tasks: Mapping[str, RankingTask]
+) -> dict[str, Any]:
+    """Weights and log-losses, for ``fusion.json``."""
+    return {
+        "fitted_on": {"split": "val", "users": len(tasks["val"].users), "loss": "log-loss"},
+        "weights": {name: fusion.weights for name, fusion in fusions.items()},
+        "penalty": {name: fusions[name].penalty_record() for name in ("ranker", "fused")},
+        "log_loss": {
+            split: {
+                name: float(log_losses(fusion.scores(task.features), task.targets).mean())
+                for name, fusion in fusions.items()
+            }
+            for split, task in tasks.items()
+        },
+    }
 
 
 def write(results: Results, run_dir: Path) -> None:
-    """Write the rankings and metrics."""
-    write_arrays(
-        run_dir / RANKINGS,
-        users=results.users.astype(np.int32),
-        items=results.ranked.items,
-        scores=results.ranked.scores,
-        labels=results.labels,
-        label_ranks=results.ranks,
-        fused_label_ranks=results.fused_ranks,
-    )
+    """Write the rankings, the fusion and the metrics."""
+    write_arrays(run_dir / RANKINGS, **results.rankings)
+    write_json(run_dir / FUSION, results.fusion)
     for name, values in results.metrics.items():
         write_json(run_dir / METRICS.format(name), values)
 

@@ -21,9 +21,13 @@ from trainer.loop import Advice
 
 
 def load_with_adapters(
-    language_model: LanguageModel, config: LanguageModelConfig, accelerator: Accelerator
+    language_model: LanguageModel,
+    config: LanguageModelConfig,
+    accelerator: Accelerator,
+    *,
+    keep_input_dtype: bool = False,
 ) -> PeftModel:
-    """Load the frozen model and add new adapters.
+    """Load the frozen model and add new adapters; see ``add_lora`` for ``keep_input_dtype``.
 
     Raises:
         UserError: the model cannot be loaded.
@@ -46,6 +50,7 @@ def load_with_adapters(
             alpha=config.lora_alpha,
             dropout=config.lora_dropout,
             target_modules=config.lora_target_modules,
+            keep_input_dtype=keep_input_dtype,
         )
     recompute = config.gradient_checkpointing == "true"
     if config.gradient_checkpointing == "auto":

@@ -14,7 +14,7 @@ import train_retriever
 from config import RankerConfig
 from datasets import SequenceDataset
 from errors import UserError
-from recipes.fit_ranker import retrieved_negatives
+from recipes.verbalizers import retrieved_negatives
 from storage import read_json
 from tests.helpers import ROOT, file_names, interrupt, make_builder, read_tokenizer, run_script
 
@@ -23,8 +23,8 @@ FLAGS = [
     "--rerank_metric_ks", 1, 5, 10,
 ]  # fmt: skip
 FILES = [
-    "adapter", "config.json", "fused_metrics.json", "log.jsonl", "overall_metrics.json",
-    "rankings.npz", "retrieval_metrics.json", "subset_metrics.json",
+    "adapter", "config.json", "fused_metrics.json", "fusion.json", "log.jsonl",
+    "overall_metrics.json", "rankings.npz", "retrieval_metrics.json", "subset_metrics.json",
 ]  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def ranked(flags: list[object], tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def assert_same_results(run: Path, expected: Path) -> None:
     for name in FILES:
-        if name.endswith(("_metrics.json", ".npz")):
+        if name.endswith(("_metrics.json", ".npz", "fusion.json")):
             assert (run / name).read_bytes() == (expected / name).read_bytes(), name
 
 
@@ -74,7 +74,11 @@ def test_files(ranked: Path, retrieved: Path):
         )
     assert overall["Recall@5"] == pytest.approx(metrics["Recall@5"] * subset.mean())
     fused = read_json(ranked / "fused_metrics.json")
-    assert 0 <= fused.pop("weight") <= 1 and list(fused) == list(overall)
+    assert list(fused) == list(overall)
+    fusion = read_json(ranked / "fusion.json")
+    assert list(fusion["weights"]["fused"]) == ["retriever_log_probability", "letter_logit"]
+    losses = fusion["log_loss"]["val"]
+    assert losses["fused"] <= losses["retriever"] + 1e-3 < losses["ranker"]
 
 
 def test_adapter_loads_with_peft_and_gives_the_same_scores(
@@ -194,3 +198,27 @@ def test_hugging_face_datasets_is_installed_beside_ours(ranked: Path):
 
     assert int(version("datasets").split(".")[0]) >= 4
     assert Path(datasets.__file__).parent == ROOT / "datasets"
+
+
+# Titles -----------------------------------------------------------------------------------------
+
+TITLES = ["--verbalizer", "titles", "--llm_max_history", 6, "--val_users", 30]
+
+
+def test_titles(flags: list[object], tmp_path: Path):
+    run, broken = tmp_path / "run", tmp_path / "broken"
+    done = run_script("train_ranker.py", *flags, *TITLES, "--permutations", 2, "--export_root", run)
+    assert done.returncode == 0, done.stderr
+    assert "note: no effect on this run: --permutations" in done.stderr
+    assert file_names(run) == FILES
+    settings = read_json(run / "config.json")
+    assert settings["lora_r"] == 32 and "down_proj" in settings["lora_target_modules"]
+    weights = read_json(run / "fusion.json")["weights"]
+    own = ["title_log_likelihood", "title_log_likelihood_without_history", "title_tokens"]
+    assert list(weights["ranker"]) == own
+    assert list(weights["fused"]) == ["retriever_log_probability", *own]
+    checkpoint = broken / "checkpoint.safetensors"
+    interrupt("train_ranker.py", *flags, *TITLES, "--export_root", broken, when=checkpoint)
+    done = run_script("train_ranker.py", *flags, *TITLES, "--export_root", broken, "--resume")
+    assert done.returncode == 0 and "resuming at step" in done.stdout, done.stderr
+    assert_same_results(broken, run)

@@ -1,4 +1,4 @@
-"""The ranker's scores, their fusion with the retriever's, and the ranks of both stages."""
+"""The ranker's scores, and the ranks of both stages."""
 
 from pathlib import Path
 
@@ -15,8 +15,6 @@ from dataloader.sampler import evaluation_loader
 from datasets import SequenceDataset
 from errors import InputError
 from evaluation.reranking import (
-    fused_scores,
-    fusion_weight,
     reranked,
     score_candidates,
     two_stage_ranks,
@@ -109,7 +107,7 @@ def test_nobody_to_score(
     assert reranked(absent, users, scores).label_ranks.shape == (0,)
 
 
-# Ranks and fusion -------------------------------------------------------------------------------
+# Ranks -------------------------------------------------------------------------------
 
 
 @pytest.fixture()
@@ -132,35 +130,3 @@ def test_ranks_of_both_stages(toy: Candidates):
     assert ranking.label_ranks.tolist() == [2, 2]
     assert two_stage_ranks(toy, users, ranking).tolist() == [2, 25, 2]
     assert toy.label_ranks.tolist() == [3, 25, 1]
-
-
-def test_fusion_lies_between_the_stages(toy: Candidates):
-    users = toy.retrieved
-    scores = np.array([[0.0, 0.0, 9.0], [0.0, 0.0, 9.0]], dtype=np.float32)
-
-    def items(weight: float) -> list[list[int]]:
-        return reranked(toy, users, fused_scores(toy, users, scores, weight)).items.tolist()
-
-    assert items(0) == toy.items[users].tolist()
-    assert items(1) == reranked(toy, users, scores).items.tolist()
-    fused = fused_scores(toy, users, scores, 0.5)[0]
-    rankers = np.exp([0, 0, 9]) / np.exp([0, 0, 9]).sum()
-    retrievers = np.exp([3, 2, 1]) / np.exp([3, 2, 1]).sum()
-    assert fused == pytest.approx(0.5 * np.log(rankers) + 0.5 * np.log(retrievers))
-
-
-def test_fusion_weight_is_the_best_on_validation(toy: Candidates):
-    users = toy.retrieved
-    right = np.array([[0.0, 0.0, 9.0], [9.0, 0.0, 0.0]], dtype=np.float32)
-    assert fusion_weight(toy, users, right, "MRR@3") > 0
-    wrong = np.array([[0.0, 9.0, 0.0], [0.0, 9.0, 0.0]], dtype=np.float32)
-    assert fusion_weight(toy, users, wrong, "MRR@3") == 0
-    same = np.array([[9.0, 5.0, 0.0], [9.0, 5.0, 0.0]], dtype=np.float32)
-    assert fusion_weight(toy, users, same, "MRR@3") == 0  # the smallest of equally good weights
-
-
-def test_fusion_with_scores_of_minus_infinity(toy: Candidates):
-    toy.scores[0, 2] = -np.inf
-    scores = np.array([[0.0, 1.0, 9.0]], dtype=np.float32)
-    for weight in (0.0, 0.5, 1.0):
-        assert not np.isnan(fused_scores(toy, np.array([0]), scores, weight)).any()

@@ -18,21 +18,14 @@ from dataloader.sampler import evaluation_loader
 from dataloader.sequences import Prefixes
 from datasets import SequenceDataset
 from errors import UserError
-from evaluation.reranking import fused_scores, fusion_weight, reranked
+from evaluation.fusion import RETRIEVER, fit_fusion, log_losses, log_softmax
+from evaluation.reranking import reranked
 from evaluation.retrieval import hard_negatives
 from metrics import ranking_metrics
 from model.base import Retriever
-from recipes.fit_ranker import (
-    Evaluator,
-    evaluate,
-    evaluation_loaders,
-    ranker_loop,
-    retrieved_negatives,
-    shown_columns,
-    training_prompts,
-    write,
-)
+from recipes.fit_ranker import Evaluator, evaluate, ranker_loop, shown_columns, write
 from recipes.language_model import LanguageModel, find_language_model
+from recipes.verbalizers import Letters, build_verbalizer, retrieved_negatives
 from tests.helpers import make_builder, make_data, read_tokenizer, small_model
 
 CPU = torch.device("cpu")
@@ -104,11 +97,17 @@ def test_a_retriever_that_cannot_be_loaded(data: SequenceDataset, tmp_path: Path
 
 
 def test_training_prompts(
-    data: SequenceDataset, prompts: PromptBuilder, language_model: LanguageModel
+    data: SequenceDataset,
+    prompts: PromptBuilder,
+    language_model: LanguageModel,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     def examples(negatives: np.ndarray | None = None, **flags: Any) -> Any:
+        monkeypatch.setattr("recipes.verbalizers.retrieved_negatives", lambda *_: negatives)
         options = {"llm_negative_sample_size": 4, "llm_max_history": 3, **flags}
-        return training_prompts(config(**options), data, prompts, language_model, negatives)
+        letters = build_verbalizer(config(**options), data, {}, language_model, CPU, prompts)
+        assert isinstance(letters, Letters)
+        return letters.training_examples(np.arange(3))
 
     history, candidates, _ = examples().example(8)
     assert len(history) == 3 and len(candidates) == 5
@@ -164,6 +163,7 @@ def evaluator(
     data: SequenceDataset,
     candidates: dict[str, Candidates],
     prompts: PromptBuilder,
+    language_model: LanguageModel,
     tiny_llama: Path,
     tmp_path: Path,
 ) -> Evaluator:
@@ -175,10 +175,8 @@ def evaluator(
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     model = add_lora(base, rank=2, alpha=4, dropout=0.5, target_modules=["q_proj"])
-    loaders = evaluation_loaders(flags, data, candidates, prompts, pad_id=1)
-    assert {split: len(loader) for split, loader in loaders.items()} == {"val": 2, "test": 1}
-    letter_ids = torch.from_numpy(prompts.letter_ids)
-    return Evaluator(flags, model, tmp_path / "adapter", candidates, loaders, letter_ids)
+    verbalizer = build_verbalizer(flags, data, candidates, language_model, CPU, prompts)
+    return Evaluator(flags, model, tmp_path / "adapter", candidates, verbalizer)
 
 
 def perturb(model: nn.Module) -> None:
@@ -187,29 +185,49 @@ def perturb(model: nn.Module) -> None:
             parameter.data += torch.randn_like(parameter)
 
 
+USERS = np.array([0, 1, 4])
+
+
 def test_validation(evaluator: Evaluator):
-    users, scores = evaluator.score("val", "")
-    assert users.tolist() == [0, 1, 4] and scores.shape == (3, 20)
-    ranks = reranked(evaluator.candidates["val"], users, scores).label_ranks
+    assert evaluator.val_users.tolist() == USERS.tolist()
+    scores = evaluator.score("val", USERS, "")
+    assert scores.shape == (3, 20)
+    ranks = reranked(evaluator.candidates["val"], USERS, scores).label_ranks
     assert evaluator.validate() == ranking_metrics(ranks, (1, 10))
+
+
+def test_validation_on_some_users(evaluator: Evaluator):
+    flags = config(rerank_metric_ks=(1, 10), val_users=2)
+    some = Evaluator(
+        flags, evaluator.model, evaluator.adapter, evaluator.candidates, evaluator.verbalizer
+    )
+    assert len(some.val_users) == 2 and set(some.val_users) < set(USERS)
+    scores = evaluator.score("val", USERS, "")[np.isin(USERS, some.val_users)]
+    ranks = reranked(some.candidates["val"], some.val_users, scores).label_ranks
+    assert some.validate() == ranking_metrics(ranks, (1, 10))
+    some.save_best()
+    assert some.ranking_task("val").users.tolist() == USERS.tolist()
 
 
 def test_validation_scores_of_the_best_adapter_are_kept(evaluator: Evaluator):
     evaluator.validate()
     evaluator.save_best()
-    best = evaluator.score("val", "")
+    best = evaluator.score("val", USERS, "")
     assert (evaluator.adapter / "adapter_model.safetensors").exists()
     perturb(evaluator.model)
     evaluator.validate()  # not the best
-    kept = evaluator.best_validation_scores()
-    assert np.array_equal(kept[1], best[1])
-    assert not np.array_equal(evaluator.score("val", "")[1], best[1])
+    assert np.array_equal(evaluator.ranking_task("val").features["letter_logit"], best)
+    assert not np.array_equal(evaluator.score("val", USERS, ""), best)
 
 
-def test_validation_scores_after_an_interruption(evaluator: Evaluator):
-    expected = evaluator.score("val", "")
-    users, scores = evaluator.best_validation_scores()
-    assert users.tolist() == [0, 1, 4] and np.array_equal(scores, expected[1])
+def test_features(evaluator: Evaluator):
+    task = evaluator.ranking_task("test")  # not scored before, as after an interruption
+    test = evaluator.candidates["test"]
+    assert task.users.tolist() == USERS.tolist() and next(iter(task.features)) == RETRIEVER
+    assert np.array_equal(task.features["letter_logit"], evaluator.score("test", USERS, ""))
+    assert np.array_equal(task.features[RETRIEVER], log_softmax(test.scores[USERS]))
+    chosen = test.items[USERS, task.targets]
+    assert chosen.tolist() == test.labels[USERS].tolist()
 
 
 def test_scores_that_are_not_numbers(evaluator: Evaluator):
@@ -221,22 +239,22 @@ def test_scores_that_are_not_numbers(evaluator: Evaluator):
 def test_results(evaluator: Evaluator, candidates: dict[str, Candidates], tmp_path: Path):
     results = evaluate(evaluator)
     test = candidates["test"]
-    users, scores = evaluator.score("test", "")
-    weight = fusion_weight(candidates["val"], *evaluator.score("val", ""), "NDCG@10")
-    ranked = reranked(test, users, scores)
-    fused = reranked(test, users, fused_scores(test, users, scores, weight))
+    tasks = {split: evaluator.ranking_task(split) for split in ("val", "test")}
+    fusion = fit_fusion(tasks["val"].features, tasks["val"].targets, base=RETRIEVER)
+    ranked = reranked(test, USERS, evaluator.score("test", USERS, ""))
+    fused = reranked(test, USERS, fusion.scores(tasks["test"].features))
     ranks, fused_ranks = test.label_ranks.copy(), test.label_ranks.copy()
-    ranks[users], fused_ranks[users] = ranked.label_ranks, fused.label_ranks
+    ranks[USERS], fused_ranks[USERS] = ranked.label_ranks, fused.label_ranks
     assert results.metrics == {
         "subset": ranking_metrics(ranked.label_ranks, (1, 10)),
         "retrieval": ranking_metrics(test.label_ranks, (1, 10)),
         "overall": ranking_metrics(ranks, (1, 10)),
-        "fused": ranking_metrics(fused_ranks, (1, 10)) | {"weight": weight},
+        "fused": ranking_metrics(fused_ranks, (1, 10)),
     }
     columns = shown_columns(results)
     assert list(columns) == ["retriever", "two stages", "fused", "retriever (sub)", "ranker (sub)"]
     assert columns["two stages"] == results.metrics["overall"]
-    assert columns["retriever (sub)"] == ranking_metrics(test.label_ranks[users], (1, 10))
+    assert columns["retriever (sub)"] == ranking_metrics(test.label_ranks[USERS], (1, 10))
     write(results, tmp_path)
     with np.load(tmp_path / "rankings.npz") as file:
         arrays = dict(file)
@@ -244,10 +262,16 @@ def test_results(evaluator: Evaluator, candidates: dict[str, Candidates], tmp_pa
         "users": "int32", "items": "int32", "scores": "float32", "labels": "int32",
         "label_ranks": "int32", "fused_label_ranks": "int32",
     }  # fmt: skip
-    expected = [users, ranked.items, ranked.scores, test.labels, ranks, fused_ranks]
+    expected = [USERS, ranked.items, ranked.scores, test.labels, ranks, fused_ranks]
     for name, array in zip(arrays, expected):
         assert np.array_equal(arrays[name], array), name
     files = sorted(path.name for path in tmp_path.glob("*_metrics.json"))
     assert files == [f"{x}_metrics.json" for x in ("fused", "overall", "retrieval", "subset")]
     for name, values in results.metrics.items():
         assert json.loads((tmp_path / f"{name}_metrics.json").read_text()) == values
+    record = json.loads((tmp_path / "fusion.json").read_text())
+    assert record["fitted_on"] == {"split": "val", "users": 3, "loss": "log-loss"}
+    assert record["weights"]["fused"] == fusion.weights
+    assert record["weights"]["ranker"] == {"letter_logit": 1.0}
+    loss = log_losses(fusion.scores(tasks["test"].features), tasks["test"].targets).mean()
+    assert record["log_loss"]["test"]["fused"] == pytest.approx(loss)

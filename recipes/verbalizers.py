@@ -1,0 +1,262 @@
+"""How the ranker presents candidates to the language model and reads its scores.
+
+- ``Letters``, the paper's: one prompt lists the candidates under letters, the logits of the letters
+  are the scores (section 3.2.2).
+- ``Titles``: the log-likelihood of each candidate's title after the history is its score.
+
+A verbalizer provides training examples, their loss, and features of the candidates. The features
+are what ``evaluation.fusion`` weighs against the retriever.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
+
+from config import RankerConfig
+from dataloader.candidates import Candidates
+from dataloader.prompt import PromptBuilder
+from dataloader.prompt_batches import EvaluationPrompts, TrainingPrompts
+from dataloader.sampler import evaluation_loader
+from dataloader.sequences import Prefixes
+from dataloader.title_batches import CandidateTitles, CatalogueTitles, TitleDocuments
+from dataloader.title_prompt import TitlePrompts
+from datasets import SequenceDataset
+from errors import advice
+from evaluation.reranking import score_candidates, score_catalogue_titles, score_titles
+from evaluation.retrieval import hard_negatives
+from model.registry import load_retriever
+from model.title_likelihood import title_loss
+from model.verbalizer import response_loss
+from recipes.language_model import LanguageModel
+
+RETRIEVER_BATCH_SIZE = 256
+CATALOGUE_CHUNK = 32  # titles scored behind one heading
+CATALOGUE_ROWS = 8  # headings per batch
+Features = dict[str, np.ndarray]
+
+
+class Verbalizer(ABC):
+    """See the module's docstring.
+
+    Args:
+        config: all settings.
+        data: the data set.
+        candidates: the retriever's candidates by split.
+        language_model: the base model.
+        device: device of the model.
+    """
+
+    def __init__(
+        self,
+        config: RankerConfig,
+        data: SequenceDataset,
+        candidates: Mapping[str, Candidates],
+        language_model: LanguageModel,
+        device: torch.device,
+    ) -> None:
+        self.config, self.data, self.candidates = config, data, candidates
+        self.language_model, self.device = language_model, device
+
+    @property
+    @abstractmethod
+    def num_examples(self) -> int:
+        """Training examples per epoch."""
+
+    @abstractmethod
+    def training_examples(self, seen: np.ndarray) -> Dataset:
+        """Training examples, of which only the ones with the indices ``seen`` (n,) are used."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Mean loss of a micro-batch of training examples."""
+
+    @abstractmethod
+    def score(
+        self, model: nn.Module, split: str, users: np.ndarray, description: str
+    ) -> np.ndarray:
+        """(n, C) scores of the candidates of ``users`` (n,), in the candidates' order."""
+
+    @abstractmethod
+    def features(
+        self, model: nn.Module, split: str, users: np.ndarray, scores: np.ndarray
+    ) -> Features:
+        """(n, C) features of the candidates by name, the first from their scores.
+
+        The model must hold the best adapter.
+        """
+
+    def batch_size(self, split: str) -> int:
+        """Users per batch."""
+        return self.config.val_batch_size if split == "val" else self.config.test_batch_size
+
+
+def retrieved_negatives(
+    config: RankerConfig, data: SequenceDataset, seen: np.ndarray, device: torch.device
+) -> np.ndarray | None:
+    """Hard negatives from the retriever for the training examples of a run.
+
+    Args:
+        config: all settings.
+        data: the data set.
+        seen: (n,) indices of the examples.
+        device: device of the retriever.
+
+    Returns:
+        (examples, k) int32 items, rows of zeros for examples that are not seen; None if all
+        negatives are sampled at random.
+    """
+    if config.train_candidates == "random":
+        return None
+    with advice("run train_retriever.py again"):
+        retriever = load_retriever(config.retrieved_dir, data.num_items)
+    prefixes = Prefixes(data, retriever.spec.max_len, retriever.spec.mask_token)
+    loader = evaluation_loader(
+        Subset(prefixes, seen.tolist()), RETRIEVER_BATCH_SIZE, config.num_workers
+    )
+    size = config.llm_negative_sample_size // (1 if config.train_candidates == "retrieved" else 2)
+    negatives = np.zeros((len(prefixes), size), np.int32)
+    negatives[seen] = hard_negatives(retriever.to(device), loader, size)
+    return negatives
+
+
+class Letters(Verbalizer):
+    """The index letters of the paper; ``prompts`` builds the prompts."""
+
+    def __init__(self, *args: Any, prompts: PromptBuilder) -> None:
+        super().__init__(*args)
+        self.prompts = prompts
+        self.letter_ids = torch.from_numpy(prompts.letter_ids).to(self.device)
+
+    @property
+    def num_examples(self) -> int:
+        """Training interactions with a history."""
+        return len(self.data.training_prefixes()[0])
+
+    def training_examples(self, seen: np.ndarray) -> TrainingPrompts:
+        """Prompts for the training interactions."""
+        config = self.config
+        return TrainingPrompts(
+            self.data,
+            self.prompts,
+            num_negatives=config.llm_negative_sample_size,
+            hard_negatives=retrieved_negatives(config, self.data, seen, self.device),
+            max_history=config.llm_max_history,
+            max_rows=config.lora_micro_batch_size or config.train_batch_size,
+            max_tokens=self.language_model.max_tokens,
+            eos_id=self.language_model.eos_id,
+            on_inputs=config.llm_train_on_inputs,
+            seed=config.seed,
+        )
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Cross-entropy of the response."""
+        over_letters = self.config.response_loss == "letters"
+        return response_loss(model, batch, self.letter_ids if over_letters else None)
+
+    def score(
+        self, model: nn.Module, split: str, users: np.ndarray, description: str
+    ) -> np.ndarray:
+        """Logits of the candidates' letters."""
+        config, candidates = self.config, self.candidates[split]
+        prompts = EvaluationPrompts(
+            self.data,
+            split,
+            candidates,
+            self.prompts,
+            max_history=config.llm_max_history,
+            users=users,
+            pad_id=self.language_model.eos_id,
+            permutations=config.permutations,
+            seed=config.seed,
+        )
+        loader = evaluation_loader(prompts, self.batch_size(split), config.num_workers)
+        letter_ids = self.letter_ids[: candidates.items.shape[1]]
+        return score_candidates(model, loader, letter_ids, description)[1]
+
+    def features(
+        self, model: nn.Module, split: str, users: np.ndarray, scores: np.ndarray
+    ) -> Features:
+        """The logits of the candidates' letters."""
+        return {"letter_logit": scores}
+
+
+class Titles(Verbalizer):
+    """The likelihood of the candidates' titles; ``prompts`` tokenizes them."""
+
+    def __init__(self, *args: Any, prompts: TitlePrompts) -> None:
+        super().__init__(*args)
+        self.prompts = prompts
+        self._without_history: np.ndarray | None = None  # (V + 1,) of the best adapter
+        self.documents = TitleDocuments(
+            self.data,
+            prompts,
+            max_rows=self.config.lora_micro_batch_size or self.config.train_batch_size,
+            max_tokens=self.language_model.max_tokens,
+            pad_id=self.language_model.eos_id,
+        )
+
+    @property
+    def num_examples(self) -> int:
+        """Documents."""
+        return len(self.documents)
+
+    def training_examples(self, seen: np.ndarray) -> TitleDocuments:
+        """Users' training sequences as documents."""
+        return self.documents
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Cross-entropy of the titles' tokens."""
+        return title_loss(model, batch)
+
+    def score(
+        self, model: nn.Module, split: str, users: np.ndarray, description: str
+    ) -> np.ndarray:
+        """Log-likelihoods of the candidates' titles."""
+        titles = CandidateTitles(
+            self.data,
+            split,
+            self.candidates[split],
+            self.prompts,
+            users=users,
+            pad_id=self.language_model.eos_id,
+        )
+        loader = evaluation_loader(titles, self.batch_size(split), self.config.num_workers)
+        return score_titles(model, loader, description)
+
+    def features(
+        self, model: nn.Module, split: str, users: np.ndarray, scores: np.ndarray
+    ) -> Features:
+        """The titles' log-likelihoods with and without the history, and their lengths in tokens."""
+        if self._without_history is None:
+            titles = CatalogueTitles(self.prompts, CATALOGUE_CHUNK, self.language_model.eos_id)
+            loader = evaluation_loader(titles, CATALOGUE_ROWS, self.config.num_workers)
+            self._without_history = score_catalogue_titles(model, loader, self.data.num_items)
+        items = self.candidates[split].items[users]
+        tokens = np.array([len(line) for line in self.prompts.lines])
+        return {
+            "title_log_likelihood": scores,
+            "title_log_likelihood_without_history": self._without_history[items],
+            "title_tokens": tokens[items].astype(np.float64),
+        }
+
+
+def build_verbalizer(
+    config: RankerConfig,
+    data: SequenceDataset,
+    candidates: Mapping[str, Candidates],
+    language_model: LanguageModel,
+    device: torch.device,
+    prompts: PromptBuilder | TitlePrompts,
+) -> Verbalizer:
+    """Build the verbalizer of the prompts; see ``Verbalizer`` for the other arguments."""
+    common = (config, data, candidates, language_model, device)
+    if isinstance(prompts, TitlePrompts):
+        return Titles(*common, prompts=prompts)
+    return Letters(*common, prompts=prompts)
