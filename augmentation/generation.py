@@ -96,7 +96,7 @@ def generate(
         ArgumentError: ``constrained``, with a tokenizer that makes item numbers ambiguous.
         UserError: the GPU is out of memory, or the file cannot be written.
     """
-    catalogue = _catalogue(prompts) if constrained else None
+    catalogue = build_catalogue(prompts) if constrained else None
     texts, saved_at = dict(texts), time.monotonic()
     num_users = sum(map(len, batches.batches))
     try:
@@ -119,7 +119,12 @@ def generate(
     return texts
 
 
-def _catalogue(prompts: IdPrompts) -> Catalogue:
+def build_catalogue(prompts: IdPrompts) -> Catalogue:
+    """Build the automaton of the items' tokens.
+
+    Raises:
+        ArgumentError: ``constrained``, with a tokenizer that makes item numbers ambiguous.
+    """
     try:
         return Catalogue(prompts.items, prompts.eos_id)
     except InputError as error:

@@ -17,7 +17,7 @@ from torch import nn
 
 from augmentation.exports import export
 from augmentation.filters import REASONS, extract_interactions, judge, plausible_rank
-from augmentation.generation import GeneratedText, generate, read_texts
+from augmentation.generation import GeneratedText, build_catalogue, generate, read_texts
 from augmentation.merge import AUGMENTED_FILE, Interactions, merge, save_augmented
 from augmentation.prompts import GenerationPrompts, IdPrompts, TrainingExamples
 from config import AugmentationConfig
@@ -25,6 +25,7 @@ from dataloader.sampler import ShuffledBatches
 from datasets import SequenceDataset
 from errors import advice
 from model.language_model import load_adapter, save_adapter
+from model.registry import load_retriever
 from model.verbalizer import response_loss
 from recipes.language_model import LanguageModel
 from recipes.runs import FROM_SCRATCH, is_finished, other_run_explained
@@ -43,6 +44,8 @@ EXPORTS = "exports"
 OUTPUT_BY_STAGE = {"tuning": ADAPTER, "generation": GENERATED}
 BEST_METRIC = "log_likelihood"
 MAX_VAL_EXAMPLES = 128
+CONSTRAINED_ADVICE = "leave out the flag or use another --llm_base_model"
+RETRAIN = "run train_retriever.py again"
 
 
 def augment(
@@ -65,8 +68,9 @@ def augment(
     """
     if is_finished(run, config):
         return
-    accelerator = make_accelerator(config.device, config.seed)
     prompts = build_prompts(config, data, language_model)
+    check_later_stages(config, data, prompts)
+    accelerator = make_accelerator(config.device, config.seed)
     with other_run_explained():
         resumed = config.resume and run.is_started()
     log = open_run(run, config, details, resumed=resumed)
@@ -107,6 +111,22 @@ def build_prompts(
         max_text_len=config.llm_max_text_len,
         max_response_len=config.max_new_tokens,
     )
+
+
+def check_later_stages(
+    config: AugmentationConfig, data: SequenceDataset, prompts: IdPrompts
+) -> None:
+    """Refuse at once what generation or filter could not use, not after hours of tuning.
+
+    Raises:
+        UserError: the tokenizer cannot be constrained, or the retriever cannot be loaded.
+    """
+    if config.constrained:
+        with advice(CONSTRAINED_ADVICE):
+            build_catalogue(prompts)
+    if config.retriever_path:
+        with advice(RETRAIN):
+            load_retriever(Path(config.retriever_path), data.num_items)
 
 
 def reuse_stages(
@@ -265,7 +285,7 @@ def generate_texts(
     path: Path,
 ) -> dict[int, GeneratedText]:
     """Sample a text for every user that has none, and keep all in the file."""
-    with advice("leave out the flag or use another --llm_base_model"):
+    with advice(CONSTRAINED_ADVICE):
         return generate(
             model,
             prompts,
@@ -319,7 +339,7 @@ def plausible(
     Returns:
         The remaining interactions, and the largest rank among them.
     """
-    with advice("run train_retriever.py again"):
+    with advice(RETRAIN):
         ranks, target_ranks = judge(Path(str(config.retriever_path)), data, interactions, device)
     max_rank = config.plausible_rank or plausible_rank(target_ranks, config.plausible_share)
     dropped["implausible"] = int((ranks > max_rank).sum())

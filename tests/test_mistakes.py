@@ -597,6 +597,8 @@ def generated(name: str, message: str, **changes: object) -> Mistake:
 AUGMENTATION = [
     Mistake("no such retriever", f"{AUGMENT} --retriever_path no", "--retriever_path no: no "
             "finished run of train_retriever.py there; name one, e.g. experiments/lru/ml-100k"),
+    Mistake("damaged retriever", JUDGE, f"{RETRIEVER}: cannot load the retriever",
+            {f"{RETRIEVER}/model.safetensors": lambda x: x[:-9]}),
     Mistake("retriever of other data", JUDGE,
             f"--retriever_path {RETRIEVER}: belongs to other data than custom; name a retriever",
             {f"{RETRIEVER}/config.json": settings(data_fingerprint="another")}),
