@@ -3,11 +3,11 @@ VENV := .venv
 PY := $(VENV)/bin/python
 
 # The default run: real data and a pretrained model from the package index, short enough for two
-# cores. Its ranker sees 224 prompts.
+# cores. Its ranker trains on 768 of the 18,719 documents of an epoch.
 RETRIEVER_FLAGS := --dataset_code ml-100k-classic --device cpu --max_steps 3000 --overwrite
 RANKER_FLAGS := --llm_retrieved_path experiments/lru/ml-100k-classic --device cpu \
-	--llm_base_model smollm2-135m --llm_max_history 10 --train_batch_size 8 --max_steps 28 \
-	--warmup_steps 4 --overwrite
+	--llm_base_model smollm2-135m --verbalizer titles --llm_max_history 10 --max_steps 24 \
+	--lora_val_iterations 24 --val_users 100 --warmup_steps 4 --overwrite
 
 .PHONY: run test coverage faults lint format clean
 
