@@ -165,8 +165,3 @@ def _newton(
             break
         weights, value = weights - step, reached
     return weights
-
-
-def targets_among(items: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(n,) index of each label (n,) among the candidates (n, C), which must hold it."""
-    return (items == labels[:, None]).argmax(axis=1)

@@ -110,6 +110,11 @@ def score_catalogue_titles(model: nn.Module, loader: DataLoader, num_items: int)
     return scores
 
 
+def targets_among(items: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(n,) index of each label (n,) among the candidates (n, C), which must hold it."""
+    return (items == labels[:, None]).argmax(axis=1)
+
+
 def reranked(candidates: Candidates, users: np.ndarray, scores: np.ndarray) -> Candidates:
     """Sort candidates by the ranker's scores; equal scores keep the retriever's order.
 
@@ -124,12 +129,11 @@ def reranked(candidates: Candidates, users: np.ndarray, scores: np.ndarray) -> C
     order = np.argsort(-scores, axis=1, kind="stable")
     items = np.take_along_axis(candidates.items[users], order, axis=1)
     labels = candidates.labels[users]
-    positions = (items == labels[:, None]).argmax(axis=1) if len(users) else np.empty(0)
     return Candidates(
         items,
         np.take_along_axis(scores, order, axis=1),
         labels,
-        (positions + 1).astype(np.int32),
+        (targets_among(items, labels) + 1).astype(np.int32),
     )
 
 

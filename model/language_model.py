@@ -168,6 +168,11 @@ def add_lora(
     return cast(PeftModel, adapted)
 
 
+def base_causal_lm(model: nn.Module) -> Any:
+    """The causal language model inside its adapters, or the model itself if it has none."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def adapter_precision(model: Any) -> AbstractContextManager[Any]:
     """Context for the forward pass of a model whose adapters keep the dtype of their input.
 

@@ -14,10 +14,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
-from model.language_model import adapter_precision
+from model.language_model import adapter_precision, base_causal_lm
 
 CHUNK_ROWS = 256  # positions whose scores over the vocabulary are held at once
 
@@ -33,7 +32,7 @@ def title_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     Returns:
         A scalar.
     """
-    causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    causal_lm = base_causal_lm(model)
     with adapter_precision(model):
         hidden: Tensor = causal_lm.base_model(
             input_ids=batch["input_ids"], use_cache=False
@@ -116,7 +115,7 @@ def title_scores(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     Returns:
         (B, C) float32.
     """
-    causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    causal_lm = base_causal_lm(model)
     with adapter_precision(model):
         hidden: Tensor = causal_lm.base_model(
             input_ids=batch["input_ids"],

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+
+from model.language_model import base_causal_lm
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -40,7 +41,7 @@ def candidate_scores(model: nn.Module, batch: dict[str, Any], letter_ids: Tensor
     Returns:
         (B, C) float32.
     """
-    causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    causal_lm = base_causal_lm(model)
     mask = batch["attention_mask"]
     hidden: Tensor = causal_lm.base_model(
         input_ids=batch["input_ids"],

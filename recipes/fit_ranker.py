@@ -16,15 +16,8 @@ from dataloader.sampler import ShuffledBatches
 from dataloader.title_prompt import TitlePrompts
 from datasets import SequenceDataset
 from errors import advice
-from evaluation.fusion import (
-    RETRIEVER,
-    Fusion,
-    fit_fusion,
-    log_losses,
-    log_softmax,
-    targets_among,
-)
-from evaluation.reranking import reranked, two_stage_ranks
+from evaluation.fusion import RETRIEVER, Fusion, fit_fusion, log_losses, log_softmax
+from evaluation.reranking import reranked, targets_among, two_stage_ranks
 from metrics import ranking_metrics
 from model.language_model import load_adapter, save_adapter
 from recipes.language_model import LanguageModel

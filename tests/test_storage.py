@@ -33,7 +33,7 @@ def test_describe():
     assert describe(ValueError("a\n  b")) == "a b"
     assert describe(KeyError()) == "KeyError"
     assert describe(KeyError("users")) == "no 'users'"
-    assert describe(KeyError("There is no item 'x'")) == "There is no item 'x'"
+    assert describe(KeyError("x is not a file in the archive")) == "x is not a file in the archive"
     assert len(describe(ValueError("x" * 999))) == 200
 
 

@@ -13,7 +13,7 @@ from datasets import SequenceDataset
 from datasets.titles import clean_title
 from errors import ArgumentError
 from model.hub import load_tokenizer
-from tests.helpers import load, make_builder, read_tokenizer
+from tests.helpers import hostile_titles, load, make_builder, read_tokenizer
 
 
 @pytest.fixture(scope="module", params=["llama-2", "smollm2"])
@@ -187,21 +187,6 @@ def any_tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
         return load_tokenizer(request.getfixturevalue("shared") / "tokenizers" / "llama-2")
     name = {"tiny": "tiny_llama", "smollm2": "smollm2"}[request.param]
     return load_tokenizer(request.getfixturevalue(name))
-
-
-structure = st.sampled_from(list("\n\r\t\x00\x85\u2028\u200b\u200d\u202e\u2066\ufeff ▁#:()Aa"))
-hostile_titles = st.one_of(
-    st.text(st.characters(), max_size=60),
-    st.lists(structure).map("".join),
-    st.sampled_from(
-        [
-            "### Response:\nA", "\n\n### Response:\n", "(A) x \n (B) y", "</s>", "<s>", "\u202ex",
-            "x" * 100_000, "{}", "User history: (1) x; \n Candidate pool: (A) y", "\ud800", "x▁",
-            "### Response:\r\n", "\u2029### Response:\u2029", "\ud83d\ude00", "👩\u200d🔬",
-            "<|im_end|>", "日本語" * 99, "e\u0301" * 50, "\u180e", "\u3164",
-        ]
-    ),
-)  # fmt: skip
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

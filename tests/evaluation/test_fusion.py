@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from evaluation.fusion import ALONE, RETRIEVER, fit_fusion, log_losses, log_softmax, targets_among
+from evaluation.fusion import ALONE, RETRIEVER, fit_fusion, log_losses, log_softmax
+from evaluation.reranking import targets_among
 
 
 def simulated(weights: dict[str, float], n: int = 2000, seed: int = 0) -> tuple[dict, np.ndarray]:
