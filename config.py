@@ -36,11 +36,14 @@ UNUSED_FLAGS = {  # by the value of another flag
     ("model_code", "lru"): ("num_heads", "mask_prob"),
     ("model_code", "sas"): ("mask_prob",),
     ("model_code", "narm"): ("num_heads", "mask_prob"),
+    ("verbalizer", "letters"): ("retriever_prior", "folds"),
+    ("retriever_prior", False): ("folds",),
     ("verbalizer", "titles"): (
         "llm_train_on_inputs", "llm_negative_sample_size", "llm_system_template",
         "llm_input_template", "train_candidates", "response_loss", "permutations",
     ),
 }  # fmt: skip
+LOG_LIKELIHOOD = "log_likelihood"  # a value of --rerank_best_metric
 TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 1024}  # default of --tokens_per_batch
 
 
@@ -307,6 +310,18 @@ class RankerConfig(LanguageModelConfig):
         "likelihood of their titles",
         choices=("letters", "titles"),
     )
+    retriever_prior: bool = result_flag(
+        True,
+        "score titles relative to the retriever's probabilities, which the language model learns "
+        "to correct; without it, by their likelihood alone",
+        boolean,
+    )
+    folds: int = result_flag(
+        3,
+        "retrievers that are trained on part of the users, for probabilities of training "
+        "interactions they have not seen",
+        positive,
+    )
     llm_max_title_len: int = result_flag(32, "longest title in tokens", positive)
     llm_max_history: int = result_flag(20, "most recent items in the prompt", positive)
     llm_train_on_inputs: bool = result_flag(
@@ -343,16 +358,26 @@ class RankerConfig(LanguageModelConfig):
     val_users: int | None = result_flag(
         None, "validate on this many random users; on all if absent", positive
     )
-    rerank_best_metric: str = result_flag("NDCG@10", "validation metric that selects the adapter")
+    rerank_best_metric: str = result_flag(
+        "NDCG@10",
+        "validation metric that selects the adapter; log_likelihood for the mean log-probability "
+        "of the target",
+    )
     train_batch_size: int = result_flag(16, "prompts per optimizer step", positive)
     val_batch_size: int = rounding_flag(16, "prompts per batch in validation", positive)
     test_batch_size: int = rounding_flag(16, "prompts per batch in the test", positive)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_metric(
-            "rerank_best_metric", self.rerank_best_metric, "rerank_metric_ks", self.rerank_metric_ks
-        )
+        if self.rerank_best_metric != LOG_LIKELIHOOD:
+            _check_metric(
+                "rerank_best_metric",
+                self.rerank_best_metric,
+                "rerank_metric_ks",
+                self.rerank_metric_ks,
+            )
+        if self.folds < 2:
+            raise UserError(f"--folds {self.folds}: at least 2 are needed")
         if self.response_loss == "letters" and self.llm_train_on_inputs:
             raise UserError(
                 "--response_loss letters has no loss for the prompt: leave out "
@@ -526,7 +551,10 @@ def ranker_preset(given: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         given: ``verbalizer`` unless it is the default.
     """
-    return _TITLES if given.get("verbalizer") == "titles" else {}
+    if given.get("verbalizer") != "titles":
+        return {}
+    guided = given.get("retriever_prior", True)
+    return _TITLES | ({"rerank_best_metric": LOG_LIKELIHOOD} if guided else {})
 
 
 def retriever_preset(given: Mapping[str, Any]) -> dict[str, Any]:

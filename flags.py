@@ -120,11 +120,15 @@ def reread(config: type, settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a flag does not take that value.
     """
-    checked = {}
+    checked: dict[str, Any] = {}
     for name, value in settings.items():
         spec = flags_of(config)[name]
+        read = spec.metadata["type"]
         try:
-            checked[name] = None if value is None else spec.metadata["type"](str(value))
+            if isinstance(value, list):
+                checked[name] = tuple(read(str(word)) for word in value)
+            else:
+                checked[name] = None if value is None else read(str(value))
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"{name}: {error}") from error
         choices = spec.metadata.get("choices", [checked[name]])

@@ -47,13 +47,13 @@ def flat_ranges(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np
 
     Args:
         starts: (B,) first values.
-        lengths: (B,) lengths, at least 1 in total.
+        lengths: (B,) lengths.
 
     Returns:
         (N,) the values, and (N,) the index of each value within its range.
     """
     ends = np.cumsum(lengths)
-    positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+    positions = np.arange(lengths.sum()) - np.repeat(ends - lengths, lengths)
     return np.repeat(starts, lengths) + positions, positions
 
 

@@ -15,9 +15,15 @@ from cli import parse, run_main
 from config import RetrieverConfig, retriever_preset
 from datasets import SequenceDataset
 from errors import UserError, advice, flag_names
-from model.hub import BaseModel, content_hash, find_model
+from model.hub import content_hash
 from process import check_device
-from recipes.runs import check_replaceable, load_data, locked, run_fingerprint
+from recipes.runs import (
+    check_replaceable,
+    find_encoder,
+    load_data,
+    locked,
+    run_fingerprint,
+)
 from trainer.run_folder import SEARCH, RunFolder
 
 OUTPUTS = ("model.safetensors", "candidates.npz", "val_metrics.json", "test_metrics.json")
@@ -85,14 +91,6 @@ def note_repeated_targets(config: RetrieverConfig, data: SequenceDataset) -> Non
             "history, which is excluded from ranking: --mask_history never includes it",
             file=sys.stderr,
         )
-
-
-def find_encoder(config: RetrieverConfig) -> BaseModel | None:
-    """Download the text encoder that the flags name, unless it is there."""
-    if config.title_encoder == "none":
-        return None
-    with flag_names(name="title_encoder"):
-        return find_model(config.title_encoder, cache_root=config.cache_root, hub_cache=None)
 
 
 if __name__ == "__main__":

@@ -99,25 +99,44 @@ class TitleDocuments(Dataset):
         indices = np.asarray(numbers) % len(self)
         documents = [self.document(index) for index in indices]
         lengths = np.array([len(ids) for ids, _ in documents])
-        total = sum(len(ids) - first for ids, first in documents)
+        counts = np.array([self.num_targets(index) for index in indices])
         batches = []
         for group in micro_batches(lengths, self.max_rows, self.max_tokens):
             input_ids = pad_right([documents[i][0] for i in group], self.pad_id)
-            is_target = np.zeros(input_ids.shape, dtype=bool)
-            for row, i in enumerate(group):
-                ids, first = documents[i]
-                is_target[row, first : len(ids)] = True
-            targets = np.flatnonzero(is_target)
+            targets = self.targets(indices[group], [documents[i] for i in group], input_ids)
             batches.append(
                 {
                     "input_ids": torch.from_numpy(input_ids),
-                    "sources": torch.from_numpy(targets - 1),
-                    "labels": torch.from_numpy(input_ids.ravel()[targets]),
-                    "weight": float(len(targets) / total),
+                    **{name: torch.from_numpy(array) for name, array in targets.items()},
+                    "weight": float(counts[group].sum() / counts.sum()),
                     "users": self.users[indices[group]].tolist(),
                 }
             )
         return batches
+
+    def num_targets(self, index: int) -> int:
+        """Number of targets of a document."""
+        ids, first = self.document(index)
+        return len(ids) - first
+
+    def targets(
+        self,
+        indices: np.ndarray,
+        documents: Sequence[tuple[np.ndarray, int]],
+        input_ids: np.ndarray,
+    ) -> dict[str, np.ndarray]:
+        """What is predicted in a micro-batch.
+
+        Args:
+            indices: (B,) the documents.
+            documents: their token ids and first targets.
+            input_ids: (B, L) padded token ids.
+        """
+        is_target = np.zeros(input_ids.shape, dtype=bool)
+        for row, (ids, first) in enumerate(documents):
+            is_target[row, first : len(ids)] = True
+        targets = np.flatnonzero(is_target)
+        return {"sources": targets - 1, "labels": input_ids.ravel()[targets]}
 
 
 def branch_batch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,12 @@ from torch.utils.data import DataLoader
 
 from dataloader.candidates import Candidates
 from errors import InputError
+from evaluation.fusion import log_softmax
 from evaluation.sweep import sweep
 from model.title_likelihood import title_scores
 from model.verbalizer import candidate_scores
+
+MIN_LOG_PROBABILITY = -50.0
 
 
 def score_candidates(
@@ -66,12 +70,18 @@ def _check_finite(scores: Tensor) -> None:
         raise InputError(f"the ranker's scores of {num_broken:,} users are infinite or NaN")
 
 
-def score_titles(model: nn.Module, loader: DataLoader, description: str) -> np.ndarray:
-    """Score the candidates of every user in the loader by the likelihood of their titles.
+def score_titles(
+    model: nn.Module,
+    loader: DataLoader,
+    score: Callable[[nn.Module, dict[str, Any]], Tensor],
+    description: str,
+) -> np.ndarray:
+    """Score the candidates of every user in the loader by their titles.
 
     Args:
         model: the ranker.
         loader: batches of ``CandidateTitles``.
+        score: from model and batch to scores (B, C).
         description: title of the progress bar.
 
     Returns:
@@ -82,7 +92,7 @@ def score_titles(model: nn.Module, loader: DataLoader, description: str) -> np.n
     """
 
     def step(batch: dict[str, Any]) -> dict[str, Tensor]:
-        return {"users": batch["users"], "scores": title_scores(model, batch)}
+        return {"users": batch["users"], "scores": score(model, batch)}
 
     rows = sweep(model, loader, step, description=description)
     _check_finite(torch.from_numpy(rows["scores"]))
@@ -108,6 +118,12 @@ def score_catalogue_titles(model: nn.Module, loader: DataLoader, num_items: int)
     scores = np.zeros(num_items + 1, dtype=np.float32)
     scores[rows["items"].ravel()] = rows["scores"].ravel()
     return scores
+
+
+def retriever_log_probabilities(candidates: Candidates, users: np.ndarray) -> np.ndarray:
+    """(n, C) log-softmax of the retriever's scores over the candidates of ``users`` (n,)."""
+    # Items of the history that fill up short lists have a score of minus infinity.
+    return np.maximum(log_softmax(candidates.scores[users]), MIN_LOG_PROBABILITY)
 
 
 def targets_among(items: np.ndarray, labels: np.ndarray) -> np.ndarray:

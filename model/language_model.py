@@ -8,23 +8,25 @@ Models, ICLR 2022 (https://arxiv.org/abs/2106.09685).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import psutil
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 
 from errors import ArgumentError
 from model.cpu_attention import speed_up_on_cpu
+from model.cpu_norm import speed_up_norms
 from model.layers import Dropout
+from model.lora import compute_in_input_dtype
 from storage import atomic_folder, describe, reading
 
+OWN = "prior_weights.safetensors"
 PROBE_TOKENS = 64
 # Share of the free memory for activations; gradients, temporaries and fragmentation need the rest.
 MEMORY_SHARE = 0.8
@@ -69,6 +71,7 @@ def load_causal_lm(
     _keep_differentiable(model)
     _make_head_inputs_contiguous(model)
     speed_up_on_cpu(model)
+    speed_up_norms(model)
     if fused_kernels:
         use_fused_kernels(model)
     return cast(PreTrainedModel, model)
@@ -124,7 +127,6 @@ def add_lora(
     alpha: int,
     dropout: float,
     target_modules: Sequence[str],
-    keep_input_dtype: bool = False,
 ) -> PeftModel:
     """Freeze a model and add trainable low-rank adapters to some of its linear layers.
 
@@ -137,8 +139,6 @@ def add_lora(
         alpha: numerator of their scale.
         dropout: dropout probability of their inputs.
         target_modules: names of the layers.
-        keep_input_dtype: whether the adapters compute in the dtype of their input, under autocast;
-            by default PEFT casts the input to the adapters' float32.
 
     Raises:
         ArgumentError: ``target_modules`` cannot have adapters.
@@ -159,12 +159,10 @@ def add_lora(
     cast(LoraConfig, adapted.peft_config["default"]).target_modules = list(target_modules)
     module: Any
     for module in adapted.modules():
-        if keep_input_dtype and hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = False
         for name in getattr(module, "lora_dropout", ()):
             if isinstance(module.lora_dropout[name], nn.Dropout):
                 module.lora_dropout[name] = Dropout(dropout)
-    cast(Any, adapted).keep_input_dtype = keep_input_dtype
+    compute_in_input_dtype(adapted)
     return cast(PeftModel, adapted)
 
 
@@ -173,25 +171,19 @@ def base_causal_lm(model: nn.Module) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def adapter_precision(model: Any) -> AbstractContextManager[Any]:
-    """Context for the forward pass of a model whose adapters keep the dtype of their input.
-
-    The adapters' weights stay in float32 for the optimizer and are cast to bfloat16 once per
-    forward pass. Without ``keep_input_dtype`` the context does nothing.
-    """
-    if not getattr(model, "keep_input_dtype", False) or model.dtype != torch.bfloat16:
-        return nullcontext()
-    return torch.autocast(model.device.type, dtype=torch.bfloat16)
-
-
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Save the adapters in PEFT's format, complete or not at all."""
+    """Save the adapters in PEFT's format, complete or not at all.
+
+    Trainable parameters of the model itself, beside the adapters, go to a file of their own.
+    """
     with atomic_folder(folder) as temporary:
         model.save_pretrained(str(temporary), save_embedding_layers=False)
+        if own := dict(model.named_parameters(recurse=False)):
+            save_file({name: value.detach() for name, value in own.items()}, temporary / OWN)
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
-    """Load the weights of adapters saved by ``save_adapter``.
+    """Load the weights saved by ``save_adapter``.
 
     Raises:
         InputError: they are missing or damaged.
@@ -199,6 +191,9 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     weights = folder / "adapter_model.safetensors"
     with reading(weights):
         set_peft_model_state_dict(model, load_file(weights, device=str(model.device)))
+    with reading(folder / OWN), torch.no_grad():
+        for name, parameter in model.named_parameters(recurse=False):
+            parameter.copy_(load_file(folder / OWN)[name])
 
 
 def needs_checkpointing(model: PeftModel, max_tokens: int) -> bool:
@@ -241,7 +236,6 @@ def activation_bytes_per_token(model: PeftModel) -> float:
     with (
         torch.random.fork_rng([model.device] if model.device.type == "cuda" else []),
         torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor),
-        adapter_precision(model),
     ):
         output = causal_lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
     model.eval()

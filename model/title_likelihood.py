@@ -16,9 +16,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.language_model import adapter_precision, base_causal_lm
+from model.language_model import base_causal_lm
 
 CHUNK_ROWS = 256  # positions whose scores over the vocabulary are held at once
+
+
+def hidden_states(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Compute the last hidden states of documents, or of histories with branches.
+
+    Args:
+        model: causal language model, with or without adapters.
+        batch: ``input_ids`` (B, L), padded on the right, where causal attention does not see it;
+            for branches also ``branches`` and ``position_ids``.
+
+    Returns:
+        (B * L, D).
+    """
+    options = {}
+    if "branches" in batch:
+        options["attention_mask"] = branch_mask(batch["branches"])
+        options["position_ids"] = batch["position_ids"]
+    output = base_causal_lm(model).base_model(
+        input_ids=batch["input_ids"], use_cache=False, **options
+    )
+    hidden: Tensor = output.last_hidden_state
+    return hidden.flatten(0, 1)
 
 
 def title_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -26,19 +48,13 @@ def title_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
     Args:
         model: causal language model.
-        batch: see ``dataloader.title_batches.TitleDocuments``. Padding is on the right, where
-            causal attention does not see it, so there is no mask.
+        batch: see ``dataloader.title_batches.TitleDocuments``.
 
     Returns:
         A scalar.
     """
-    causal_lm = base_causal_lm(model)
-    with adapter_precision(model):
-        hidden: Tensor = causal_lm.base_model(
-            input_ids=batch["input_ids"], use_cache=False
-        ).last_hidden_state
-    hidden = hidden.flatten(0, 1)[batch["sources"]]  # (T, D)
-    head = causal_lm.get_output_embeddings()
+    hidden = hidden_states(model, batch)[batch["sources"]]
+    head = base_causal_lm(model).get_output_embeddings()
     return FrozenHeadLoss.apply(hidden, head.weight, head.bias, batch["labels"])
 
 
@@ -115,16 +131,9 @@ def title_scores(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     Returns:
         (B, C) float32.
     """
-    causal_lm = base_causal_lm(model)
-    with adapter_precision(model):
-        hidden: Tensor = causal_lm.base_model(
-            input_ids=batch["input_ids"],
-            attention_mask=branch_mask(batch["branches"]),
-            position_ids=batch["position_ids"],
-            use_cache=False,
-        ).last_hidden_state
-    hidden = hidden.flatten(0, 1)[batch["sources"]]  # (T, D)
-    tokens = token_log_likelihoods(causal_lm.get_output_embeddings(), hidden, batch["labels"])
+    hidden = hidden_states(model, batch)[batch["sources"]]
+    head = base_causal_lm(model).get_output_embeddings()
+    tokens = token_log_likelihoods(head, hidden, batch["labels"])
     scores = tokens.new_zeros(len(batch["input_ids"]) * batch["num_candidates"])
     return scores.index_add_(0, batch["owners"], tokens).view(-1, batch["num_candidates"])
 

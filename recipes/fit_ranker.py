@@ -9,16 +9,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from peft import PeftModel
 
-from config import RankerConfig
+from config import LOG_LIKELIHOOD, RankerConfig
 from dataloader.candidates import SPLITS, Candidates
 from dataloader.prompt import PromptBuilder
 from dataloader.sampler import ShuffledBatches
 from dataloader.title_prompt import TitlePrompts
 from datasets import SequenceDataset
 from errors import advice
-from evaluation.fusion import RETRIEVER, Fusion, fit_fusion, log_losses, log_softmax
-from evaluation.reranking import reranked, targets_among, two_stage_ranks
+from evaluation.fusion import RETRIEVER, Fusion, fit_fusion, log_losses
+from evaluation.reranking import (
+    reranked,
+    retriever_log_probabilities,
+    targets_among,
+    two_stage_ranks,
+)
 from metrics import ranking_metrics
+from model.guided_titles import add_prior_weights
 from model.language_model import load_adapter, save_adapter
 from recipes.language_model import LanguageModel
 from recipes.runs import FROM_SCRATCH, is_finished
@@ -33,7 +39,6 @@ from trainer.run_folder import RunFolder
 ADAPTER = "adapter"
 RANKINGS = "rankings.npz"
 FUSION = "fusion.json"
-MIN_LOG_PROBABILITY = -50.0
 METRICS = "{}_metrics.json"
 
 
@@ -102,9 +107,9 @@ def set_up(
     sampler = ShuffledBatches(verbalizer.num_examples, config.train_batch_size, config.seed)
     seen = sampler.first_examples(settings.total_steps(len(sampler)))
     examples = verbalizer.training_examples(seen)
-    model = load_with_adapters(
-        language_model, config, accelerator, keep_input_dtype=config.verbalizer == "titles"
-    )
+    model = load_with_adapters(language_model, config, accelerator)
+    if verbalizer.weighs_prior:
+        add_prior_weights(model)
     evaluator = Evaluator(config, model, run.path / ADAPTER, candidates, verbalizer)
     resolved = {
         "gradient_checkpointing": model.is_gradient_checkpointing,
@@ -181,8 +186,11 @@ class Evaluator:
         """Metrics on users of the validation split whose target was retrieved."""
         scores = self.score("val", self.val_users, "validate")
         self._latest_scores = scores
-        ranks = reranked(self.candidates["val"], self.val_users, scores).label_ranks
-        return ranking_metrics(ranks, self.config.rerank_metric_ks)
+        candidates = self.candidates["val"]
+        ranks = reranked(candidates, self.val_users, scores).label_ranks
+        targets = targets_among(candidates.items[self.val_users], candidates.labels[self.val_users])
+        metrics = ranking_metrics(ranks, self.config.rerank_metric_ks)
+        return metrics | {LOG_LIKELIHOOD: -float(log_losses(scores, targets).mean())}
 
     def save_best(self) -> None:
         """Keep the adapter of the latest validation."""
@@ -199,9 +207,7 @@ class Evaluator:
         scores = self._best_scores if split == "val" else None
         if scores is None or len(scores) < len(users):
             scores = self.score(split, users, f"score, {split}")
-        # Items of the history that fill up short lists have a score of minus infinity.
-        retriever = np.maximum(log_softmax(candidates.scores[users]), MIN_LOG_PROBABILITY)
-        features = {RETRIEVER: retriever}
+        features = {RETRIEVER: retriever_log_probabilities(candidates, users)}
         features |= self.verbalizer.features(self.model, split, users, scores)
         targets = targets_among(candidates.items[users], candidates.labels[users])
         return RankingTask(users, features, targets)
@@ -241,7 +247,7 @@ def evaluate(evaluator: Evaluator) -> Results:
     """Fit the fusion on validation, then rank the candidates of the test split."""
     ks = evaluator.config.rerank_metric_ks
     tasks = {split: evaluator.ranking_task(split) for split in SPLITS}
-    fusions = fit_fusions(tasks["val"])
+    fusions = fit_fusions(evaluator.verbalizer, tasks["val"])
     test, (users, features, _) = evaluator.candidates["test"], tasks["test"]
     ranked = reranked(test, users, fusions["ranker"].scores(features))
     fused = reranked(test, users, fusions["fused"].scores(features))
@@ -264,17 +270,12 @@ def evaluate(evaluator: Evaluator) -> Results:
     return Results(rankings, metrics, retriever_subset, fusion_record(fusions, tasks))
 
 
-def fit_fusions(task: RankingTask) -> dict[str, Fusion]:
+def fit_fusions(verbalizer: Verbalizer, task: RankingTask) -> dict[str, Fusion]:
     """Fit the retriever alone (a temperature), the ranker alone, and both on a split."""
-    own = {name: values for name, values in task.features.items() if name != RETRIEVER}
-    main = next(iter(own))
-    ranker = Fusion({main: 1.0})
-    if len(own) > 1:
-        ranker = fit_fusion(own, task.targets, base=main)
     retriever = {RETRIEVER: task.features[RETRIEVER]}
     return {
         "retriever": fit_fusion(retriever, task.targets, base=RETRIEVER),
-        "ranker": ranker,
+        "ranker": verbalizer.fuse_alone(task.features, task.targets),
         "fused": fit_fusion(task.features, task.targets, base=RETRIEVER),
     }
 

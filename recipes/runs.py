@@ -6,10 +6,11 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from config import IMMATERIAL_FLAGS, CommonConfig
+from config import IMMATERIAL_FLAGS, CommonConfig, RetrieverConfig
 from datasets import SequenceDataset, load_dataset
 from datasets.base import Filters
 from errors import UserError, advice, flag_names
+from model.hub import BaseModel, find_model
 from trainer.fingerprint import fingerprint
 from trainer.run_folder import RunFolder
 
@@ -36,6 +37,14 @@ def load_data(config: CommonConfig) -> SequenceDataset:
         )
     print(data.summary())
     return data
+
+
+def find_encoder(config: RetrieverConfig) -> BaseModel | None:
+    """Download the text encoder that the flags name, unless it is there."""
+    if config.title_encoder == "none":
+        return None
+    with flag_names(name="title_encoder"):
+        return find_model(config.title_encoder, cache_root=config.cache_root, hub_cache=None)
 
 
 def check_examples(data: SequenceDataset) -> None:

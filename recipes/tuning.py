@@ -21,13 +21,9 @@ from trainer.loop import Advice
 
 
 def load_with_adapters(
-    language_model: LanguageModel,
-    config: LanguageModelConfig,
-    accelerator: Accelerator,
-    *,
-    keep_input_dtype: bool = False,
+    language_model: LanguageModel, config: LanguageModelConfig, accelerator: Accelerator
 ) -> PeftModel:
-    """Load the frozen model and add new adapters; see ``add_lora`` for ``keep_input_dtype``.
+    """Load the frozen model and add new adapters.
 
     Raises:
         UserError: the model cannot be loaded.
@@ -50,7 +46,6 @@ def load_with_adapters(
             alpha=config.lora_alpha,
             dropout=config.lora_dropout,
             target_modules=config.lora_target_modules,
-            keep_input_dtype=keep_input_dtype,
         )
     recompute = config.gradient_checkpointing == "true"
     if config.gradient_checkpointing == "auto":

@@ -3,6 +3,7 @@
 - ``Letters``, the paper's: one prompt lists the candidates under letters, the logits of the letters
   are the scores (section 3.2.2).
 - ``Titles``: the log-likelihood of each candidate's title after the history is its score.
+- ``GuidedTitles``: titles too, but the language model corrects the retriever's probabilities.
 
 A verbalizer provides training examples, their loss, and features of the candidates. The features
 are what ``evaluation.fusion`` weighs against the retriever.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,24 +23,36 @@ from torch.utils.data import Dataset, Subset
 
 from config import RankerConfig
 from dataloader.candidates import Candidates
+from dataloader.guided_titles import GuidedCandidates, GuidedDocuments
 from dataloader.prompt import PromptBuilder
 from dataloader.prompt_batches import EvaluationPrompts, TrainingPrompts
+from dataloader.retriever_prior import RetrieverPrior
 from dataloader.sampler import evaluation_loader
 from dataloader.sequences import Prefixes
 from dataloader.title_batches import CandidateTitles, CatalogueTitles, TitleDocuments
 from dataloader.title_prompt import TitlePrompts
+from dataloader.title_trie import TitleTrie
 from datasets import SequenceDataset
 from errors import advice
-from evaluation.reranking import score_candidates, score_catalogue_titles, score_titles
+from evaluation.fusion import RETRIEVER, Fusion, fit_fusion
+from evaluation.reranking import (
+    retriever_log_probabilities,
+    score_candidates,
+    score_catalogue_titles,
+    score_titles,
+)
 from evaluation.retrieval import hard_negatives
+from model.guided_titles import guided_loss, guided_scores
 from model.registry import load_retriever
-from model.title_likelihood import title_loss
+from model.title_likelihood import title_loss, title_scores
 from model.verbalizer import response_loss
 from recipes.language_model import LanguageModel
+from recipes.out_of_fold import evaluation_prior, training_prior
 
 RETRIEVER_BATCH_SIZE = 256
 CATALOGUE_CHUNK = 32  # titles scored behind one heading
 CATALOGUE_ROWS = 8  # headings per batch
+LOG_RATIO = "title_log_ratio"  # of the probability by both models to the retriever's
 Features = dict[str, np.ndarray]
 
 
@@ -51,7 +65,12 @@ class Verbalizer(ABC):
         candidates: the retriever's candidates by split.
         language_model: the base model.
         device: device of the model.
+
+    Attributes:
+        weighs_prior: whether the loss needs ``model.guided_titles.add_prior_weights``.
     """
+
+    weighs_prior = False
 
     def __init__(
         self,
@@ -91,6 +110,17 @@ class Verbalizer(ABC):
 
         The model must hold the best adapter.
         """
+
+    def fuse_alone(self, features: Features, targets: np.ndarray) -> Fusion:
+        """Weights of the features as the ranker's own scores, fitted if there are several.
+
+        Args:
+            features: (n, C) by name, the retriever's log-probability among them.
+            targets: (n,) index of the target among the candidates.
+        """
+        own = {name: values for name, values in features.items() if name != RETRIEVER}
+        main = next(iter(own))
+        return fit_fusion(own, targets, base=main) if len(own) > 1 else Fusion({main: 1.0})
 
     def batch_size(self, split: str) -> int:
         """Users per batch."""
@@ -228,7 +258,7 @@ class Titles(Verbalizer):
             pad_id=self.language_model.eos_id,
         )
         loader = evaluation_loader(titles, self.batch_size(split), self.config.num_workers)
-        return score_titles(model, loader, description)
+        return score_titles(model, loader, title_scores, description)
 
     def features(
         self, model: nn.Module, split: str, users: np.ndarray, scores: np.ndarray
@@ -247,6 +277,71 @@ class Titles(Verbalizer):
         }
 
 
+class GuidedTitles(Verbalizer):
+    """Titles chosen by language model and retriever together; ``prompts`` tokenizes them."""
+
+    weighs_prior = True
+
+    def __init__(self, *args: Any, prompts: TitlePrompts) -> None:
+        super().__init__(*args)
+        self.prompts, self.trie = prompts, TitleTrie(prompts.lines)
+        self.tokens = torch.from_numpy(self.trie.tokens).to(self.device)
+        self._priors: dict[str, RetrieverPrior] = {}  # by split
+        self.documents = GuidedDocuments(
+            self.data,
+            prompts,
+            trie=self.trie,
+            max_rows=self.config.lora_micro_batch_size or self.config.train_batch_size,
+            max_tokens=self.language_model.max_tokens,
+            pad_id=self.language_model.eos_id,
+        )
+
+    @property
+    def num_examples(self) -> int:
+        """Documents."""
+        return len(self.documents)
+
+    def training_examples(self, seen: np.ndarray) -> GuidedDocuments:
+        """Users' training sequences, with probabilities of retrievers that have not seen them."""
+        interactions = self.documents.interactions(seen)
+        self.documents.prior = training_prior(self.config, self.data, interactions, self.device)
+        return self.documents
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Log-loss of the titles, less the retriever's."""
+        return guided_loss(model, batch, self.tokens)
+
+    def score(
+        self, model: nn.Module, split: str, users: np.ndarray, description: str
+    ) -> np.ndarray:
+        """Log-probabilities of the candidates."""
+        if split not in self._priors:
+            self._priors[split] = evaluation_prior(self.config, self.data, split, self.device)
+        titles = GuidedCandidates(
+            self.data,
+            split,
+            self.candidates[split],
+            self.prompts,
+            users=users,
+            pad_id=self.language_model.eos_id,
+            trie=self.trie,
+            prior=self._priors[split],
+        )
+        loader = evaluation_loader(titles, self.batch_size(split), self.config.num_workers)
+        return score_titles(model, loader, partial(guided_scores, tokens=self.tokens), description)
+
+    def features(
+        self, model: nn.Module, split: str, users: np.ndarray, scores: np.ndarray
+    ) -> Features:
+        """What the language model adds to the log-probability of each candidate."""
+        retriever = retriever_log_probabilities(self.candidates[split], users)
+        return {LOG_RATIO: scores - retriever}
+
+    def fuse_alone(self, features: Features, targets: np.ndarray) -> Fusion:
+        """The log-probabilities as they are."""
+        return Fusion({RETRIEVER: 1.0, LOG_RATIO: 1.0})
+
+
 def build_verbalizer(
     config: RankerConfig,
     data: SequenceDataset,
@@ -257,6 +352,8 @@ def build_verbalizer(
 ) -> Verbalizer:
     """Build the verbalizer of the prompts; see ``Verbalizer`` for the other arguments."""
     common = (config, data, candidates, language_model, device)
+    if isinstance(prompts, TitlePrompts) and config.retriever_prior:
+        return GuidedTitles(*common, prompts=prompts)
     if isinstance(prompts, TitlePrompts):
         return Titles(*common, prompts=prompts)
     return Letters(*common, prompts=prompts)

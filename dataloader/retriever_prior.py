@@ -1,0 +1,82 @@
+"""What a retriever expects after training prefixes and histories, for the ranker to build on.
+
+A retriever that was trained on an interaction is too sure of it. The encodings of training prefixes
+therefore come from retrievers that were trained on other users (``recipes.out_of_fold``). This
+module does not import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class ItemScores(NamedTuple):
+    """The output layer of a retriever.
+
+    Attributes:
+        embeddings: (V + 1, D).
+        bias: (V + 1,).
+    """
+
+    embeddings: np.ndarray
+    bias: np.ndarray
+
+
+class RetrieverPrior:
+    """Probabilities of all items after sequences of interactions.
+
+    A sequence is known by a key: the user, or the index of the interaction that follows it.
+
+    Args:
+        keys: (n,) ascending keys.
+        encodings: (n, D) encodings of the sequences.
+        layers: output layers of the retrievers.
+        layer_of: (n,) index of the layer that belongs to each encoding.
+        mask_history: whether the items of a sequence are excluded.
+    """
+
+    def __init__(
+        self,
+        keys: np.ndarray,
+        encodings: np.ndarray,
+        layers: Sequence[ItemScores],
+        layer_of: np.ndarray,
+        *,
+        mask_history: bool,
+    ) -> None:
+        self.keys, self.encodings = keys, encodings
+        self.layers, self.layer_of = layers, layer_of
+        self.mask_history = mask_history
+
+    def probabilities(
+        self, keys: np.ndarray, histories: Sequence[np.ndarray], targets: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Probabilities of all items.
+
+        Args:
+            keys: (r,) the sequences.
+            histories: items of each sequence.
+            targets: (r,) item of each sequence that is not excluded, or None.
+
+        Returns:
+            (r, V + 1) float64, column 0 is 0.
+        """
+        rows = np.searchsorted(self.keys, keys)
+        scores = np.empty((len(rows), len(self.layers[0].bias)))
+        for index, layer in enumerate(self.layers):
+            own = np.flatnonzero(self.layer_of[rows] == index)
+            if len(own):
+                scores[own] = self.encodings[rows[own]] @ layer.embeddings.T + layer.bias
+        if self.mask_history:
+            owners = np.repeat(np.arange(len(rows)), [len(items) for items in histories])
+            excluded = np.concatenate(histories)
+            if targets is not None:
+                kept = excluded != targets[owners]
+                owners, excluded = owners[kept], excluded[kept]
+            scores[owners, excluded] = -np.inf
+        scores[:, 0] = -np.inf
+        scores = np.exp(scores - scores.max(axis=1, keepdims=True))
+        return scores / scores.sum(axis=1, keepdims=True)

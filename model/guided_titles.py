@@ -1,0 +1,100 @@
+"""Titles chosen branch by branch, by a language model and a retriever together.
+
+At a fork of the prefix tree of all titles, the options are tokens t. With the language model's
+logit z(t) after history and prefix, and the retriever's probability p(t) after the same history,
+
+    q(t) = softmax over the options of (a z(t) + b log p(t))
+
+with weights a and b that are trained with the adapters. The score of a title is the sum of log q
+along its path, so that exp(score) is a distribution over the catalogue. With a = 0 and b = 1 it is
+the retriever's, and the adapters learn what the retriever does not know. To interpolate a language
+model with another model log-linearly is known from speech recognition as shallow fusion; as in
+A. Sriram et al., Cold Fusion, 2017 (https://arxiv.org/abs/1708.06426), training sees it too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.language_model import base_causal_lm
+from model.title_likelihood import hidden_states
+
+INITIAL_WEIGHTS = (0.05, 1.0)  # of the language model's logits and the retriever
+
+
+def add_prior_weights(model: nn.Module) -> None:
+    """Give a model the trainable parameter ``prior_weights`` (2,), the weights a and b."""
+    device = next(model.parameters()).device
+    weights = torch.tensor(INITIAL_WEIGHTS, dtype=torch.float32, device=device)
+    model.register_parameter("prior_weights", nn.Parameter(weights))
+
+
+def log_softmax_by_group(scores: Tensor, groups: Tensor, num_groups: int) -> Tensor:
+    """Normalize scores (P,) within groups, given as (P,) indices below ``num_groups``."""
+    # gather and scatter, because the backward pass of indexing adds up in no certain order.
+    empty = scores.new_full((num_groups,), -torch.inf)
+    maxima = empty.scatter_reduce(0, groups, scores.detach(), "amax")
+    shifted = scores - maxima.gather(0, groups)
+    sums = torch.zeros_like(maxima).scatter_add(0, groups, shifted.exp())
+    return shifted - sums.log().gather(0, groups)
+
+
+def chosen_log_probabilities(
+    model: nn.Module, batch: dict[str, Any], tokens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute log q and log p of the chosen options.
+
+    Args:
+        model: causal language model with ``prior_weights``.
+        batch: see ``dataloader.guided_titles``.
+        tokens: (U,) token ids of ``TitleTrie.tokens``.
+
+    Returns:
+        (T,) float32 log q, and (T,) log p of the retriever alone.
+    """
+    hidden = hidden_states(model, batch).index_select(0, batch["fork_sources"])  # (M, D)
+    head = base_causal_lm(model).get_output_embeddings()
+    bias = None if head.bias is None else head.bias[tokens].float()
+    logits = nn.functional.linear(hidden.float(), head.weight[tokens].float(), bias)  # (M, U)
+    forks, priors = batch["option_forks"], batch["option_priors"]
+    options = logits.flatten().gather(0, forks * len(tokens) + batch["option_tokens"])
+    weights: Any = model.prior_weights
+    scores = weights[0] * options + weights[1] * priors
+    log_q, log_p = (log_softmax_by_group(x, forks, len(hidden)) for x in (scores, priors))
+    return log_q.gather(0, batch["chosen"]), log_p.gather(0, batch["chosen"])
+
+
+def guided_loss(model: nn.Module, batch: dict[str, Any], tokens: Tensor) -> Tensor:
+    """Compute the mean log-loss of the titles of a micro-batch, less that of the retriever.
+
+    It is negative if both together predict the titles better than the retriever alone.
+
+    Args:
+        model: causal language model with ``prior_weights``.
+        batch: see ``dataloader.guided_titles.GuidedDocuments``.
+        tokens: (U,) token ids of ``TitleTrie.tokens``.
+
+    Returns:
+        A scalar, in nats per title.
+    """
+    log_q, log_p = chosen_log_probabilities(model, batch, tokens)
+    return (log_p - log_q).sum() / batch["num_titles"]
+
+
+def guided_scores(model: nn.Module, batch: dict[str, Any], tokens: Tensor) -> Tensor:
+    """Score the candidates of each history by the log-probability of their titles.
+
+    Args:
+        model: causal language model with ``prior_weights``.
+        batch: see ``dataloader.guided_titles.GuidedCandidates``.
+        tokens: (U,) token ids of ``TitleTrie.tokens``.
+
+    Returns:
+        (B, C) float32.
+    """
+    log_q, _ = chosen_log_probabilities(model, batch, tokens)
+    shares: Tensor = batch["title_log_shares"]
+    return shares.flatten().index_add(0, batch["chosen_owners"], log_q).view_as(shares)
