@@ -125,7 +125,7 @@ def reread(config: type, settings: Mapping[str, Any]) -> dict[str, Any]:
         spec = flags_of(config)[name]
         read = spec.metadata["type"]
         try:
-            if isinstance(value, list):
+            if isinstance(value, list) and spec.metadata.get("many"):
                 checked[name] = tuple(read(str(word)) for word in value)
             else:
                 checked[name] = None if value is None else read(str(value))

@@ -24,7 +24,7 @@ from process import check_device
 from recipes.language_model import LanguageModel, find_language_model
 from recipes.runs import check_examples, check_replaceable, load_data, locked, run_fingerprint
 from storage import read_json, reading
-from trainer.run_folder import CONFIG, RunFolder
+from trainer.run_folder import CONFIG, LOG, RunFolder
 
 OUTPUTS = (
     "adapter",
@@ -39,6 +39,7 @@ INHERITED_FLAGS = (
     "dataset_code", "data_root", "cache_root", "interactions", "items",
     "min_rating", "min_uc", "min_sc",
 )  # fmt: skip
+RETRIEVER_WEIGHTS = "model.safetensors"
 RETRAIN = "run train_retriever.py again"
 
 
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = load_data(config)
     check_examples(data)
     candidates = read_candidates(config, data)
+    check_retriever(config)
     language_model = find_language_model(config)
     prompts = build_prompts(config, data, candidates, language_model)
     details = run_details(config, data, language_model)
@@ -111,6 +113,22 @@ def read_candidates(config: RankerConfig, data: SequenceDataset) -> dict[str, Ca
             "nothing to rank; train the retriever longer"
         )
     return candidates
+
+
+def check_retriever(config: RankerConfig) -> None:
+    """Refuse a run without the files that the retriever's prior needs.
+
+    Raises:
+        UserError: a file is missing.
+    """
+    if config.verbalizer != "titles" or not config.retriever_prior:
+        return
+    for name in (CONFIG, LOG, RETRIEVER_WEIGHTS):
+        if not (config.retrieved_dir / name).exists():
+            raise UserError(
+                f"{config.retrieved_dir}: no {name} there, which --retriever_prior true needs; "
+                f"{RETRAIN}, or set --retriever_prior false"
+            )
 
 
 def build_prompts(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -53,6 +53,8 @@ def training_prior(
     """
     with advice(RETRAIN):
         settings = retriever_config(config)
+        steps = best_step(config.retrieved_dir, settings.best_metric)
+        settings = replace(settings, max_steps=steps)
     prefixes = np.searchsorted(data.training_prefixes()[1], interactions)
     fold_of = user_folds(data.num_users, config.folds, settings.seed)
     layer_of = fold_of[np.searchsorted(data.offsets, interactions, side="right") - 1]
@@ -136,13 +138,20 @@ def fold_retriever(
 ) -> Retriever:
     """Load the retriever that was trained without a fold, or train it.
 
+    Args:
+        config: all settings.
+        settings: those of the retriever, with the steps that it was trained for.
+        data: the data set.
+        fold_of: (num_users,) fold of each user.
+        fold: the fold.
+
     Raises:
         UserError: too few users are left to train on, or the folder cannot be used.
     """
     others = fold_of != fold
     if not others.any() or others.all():
         raise UserError(f"--folds {config.folds}: there are only {data.num_users} users")
-    steps = max(1, round(best_step(config.retrieved_dir, settings.best_metric) * others.mean()))
+    steps = max(1, round(cast(int, settings.max_steps) * others.mean()))  # as many passes
     path = config.retrieved_dir / FOLDS / f"{fold + 1}_of_{config.folds}"
     settings = replace(
         settings,

@@ -1,6 +1,7 @@
 """``train_ranker.py`` as a user runs it: its files, reproducibility, resuming, options."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -205,20 +206,34 @@ def test_hugging_face_datasets_is_installed_beside_ours(ranked: Path):
 TITLES = ["--verbalizer", "titles", "--llm_max_history", 6, "--val_users", 30]
 
 
-def test_titles(flags: list[object], tmp_path: Path):
-    run, broken = tmp_path / "run", tmp_path / "broken"
-    done = run_script("train_ranker.py", *flags, *TITLES, "--permutations", 2, "--export_root", run)
+def check_titles(run: Path, broken: Path, flags: list[object]) -> dict[str, Any]:
+    """Finish a run, and an interrupted one with the same files; returns the weights."""
+    done = run_script("train_ranker.py", *flags, "--permutations", 2, "--export_root", run)
     assert done.returncode == 0, done.stderr
     assert "note: no effect on this run: --permutations" in done.stderr
     assert file_names(run) == FILES
     settings = read_json(run / "config.json")
     assert settings["lora_r"] == 32 and "down_proj" in settings["lora_target_modules"]
-    weights = read_json(run / "fusion.json")["weights"]
+    checkpoint = broken / "checkpoint.safetensors"
+    interrupt("train_ranker.py", *flags, "--export_root", broken, when=checkpoint)
+    done = run_script("train_ranker.py", *flags, "--export_root", broken, "--resume")
+    assert done.returncode == 0 and "resuming at step" in done.stdout, done.stderr
+    assert_same_results(broken, run)
+    return read_json(run / "fusion.json")["weights"]
+
+
+def test_titles(flags: list[object], tmp_path: Path):
+    flags = [*flags, *TITLES, "--retriever_prior", "false"]
+    weights = check_titles(tmp_path / "run", tmp_path / "broken", flags)
     own = ["title_log_likelihood", "title_log_likelihood_without_history", "title_tokens"]
     assert list(weights["ranker"]) == own
     assert list(weights["fused"]) == ["retriever_log_probability", *own]
-    checkpoint = broken / "checkpoint.safetensors"
-    interrupt("train_ranker.py", *flags, *TITLES, "--export_root", broken, when=checkpoint)
-    done = run_script("train_ranker.py", *flags, *TITLES, "--export_root", broken, "--resume")
-    assert done.returncode == 0 and "resuming at step" in done.stdout, done.stderr
-    assert_same_results(broken, run)
+
+
+def test_titles_with_the_retrievers_prior(flags: list[object], tmp_path: Path, retrieved: Path):
+    weights = check_titles(tmp_path / "run", tmp_path / "broken", [*flags, *TITLES])
+    assert weights["ranker"] == {"retriever_log_probability": 1.0, "title_log_ratio": 1.0}
+    assert list(weights["fused"]) == ["retriever_log_probability", "title_log_ratio"]
+    assert (tmp_path / "run" / "adapter" / "prior_weights.safetensors").exists()
+    folds = sorted(path.name for path in (retrieved / "folds").iterdir())
+    assert folds == ["1_of_3", "2_of_3", "3_of_3"]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_model
 from torch import nn
 
-from config import RankerConfig
+from config import LOG_LIKELIHOOD, RankerConfig
 from dataloader.candidates import Candidates
 from dataloader.prompt import PromptBuilder
 from dataloader.sampler import evaluation_loader
@@ -19,7 +19,7 @@ from dataloader.sequences import Prefixes
 from datasets import SequenceDataset
 from errors import UserError
 from evaluation.fusion import RETRIEVER, fit_fusion, log_losses, log_softmax
-from evaluation.reranking import reranked
+from evaluation.reranking import reranked, targets_among
 from evaluation.retrieval import hard_negatives
 from metrics import ranking_metrics
 from model.base import Retriever
@@ -193,7 +193,12 @@ def test_validation(evaluator: Evaluator):
     scores = evaluator.score("val", USERS, "")
     assert scores.shape == (3, 20)
     ranks = reranked(evaluator.candidates["val"], USERS, scores).label_ranks
-    assert evaluator.validate() == ranking_metrics(ranks, (1, 10))
+    targets = targets_among(
+        evaluator.candidates["val"].items[USERS], evaluator.candidates["val"].labels[USERS]
+    )
+    log_likelihood = -log_losses(scores, targets).mean()
+    expected = ranking_metrics(ranks, (1, 10)) | {LOG_LIKELIHOOD: pytest.approx(log_likelihood)}
+    assert evaluator.validate() == expected
 
 
 def test_validation_on_some_users(evaluator: Evaluator):
@@ -204,7 +209,8 @@ def test_validation_on_some_users(evaluator: Evaluator):
     assert len(some.val_users) == 2 and set(some.val_users) < set(USERS)
     scores = evaluator.score("val", USERS, "")[np.isin(USERS, some.val_users)]
     ranks = reranked(some.candidates["val"], some.val_users, scores).label_ranks
-    assert some.validate() == ranking_metrics(ranks, (1, 10))
+    metrics = some.validate()
+    assert metrics == ranking_metrics(ranks, (1, 10)) | {LOG_LIKELIHOOD: metrics[LOG_LIKELIHOOD]}
     some.save_best()
     assert some.ranking_task("val").users.tolist() == USERS.tolist()
 
