@@ -106,11 +106,14 @@ def update(model: nn.Module, optimizer: Optimizer, max_grad_norm: float) -> None
     optimizer.zero_grad()
 
 
-def use_stock_dropout(model: nn.Module) -> None:
-    """Replace this project's dropout in a model by torch's."""
+def use_stock_modules(model: nn.Module) -> None:
+    """Replace this project's dropout, attention, norms and adapters in a model by stock ones."""
     for module in model.modules():
+        module.__dict__.pop("forward", None)  # see model.lora and model.cpu_norm
         if isinstance(module, Dropout):
             module.__class__ = nn.Dropout  # type: ignore[assignment]
+        if hasattr(module, "set_attn_implementation"):
+            module.set_attn_implementation("sdpa")  # type: ignore[operator]
 
 
 # Output -------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """One forward pass per user against generating the ranking (LlamaRec, figure 3).
 
-The generating ranker reads the same prompt and generates titles greedily with a key-value cache,
-until the response is as long as the titles of all candidates. Both rank 20 candidates after 10
-history items, one user at a time, and alternate in one process; times are medians over users.
-Titles are random words, of the length that the flag gives.
+The generating ranker reads the prompt with letters and generates titles greedily with a key-value
+cache, until the response is as long as the titles of all candidates. Against it, one forward pass
+scores the letters (``letters_s``) or the titles as plain text (``titles_s``). All rank 20
+candidates after 10 history items, one user at a time, and alternate in one process; times are
+medians over users. Titles are random words, of the length that the flag gives.
 
 Example:
     python -m benchmarks.ranker_inference --figure experiments/ranker_inference.png
@@ -17,6 +18,7 @@ import argparse
 import statistics
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,10 @@ from benchmarks.language_models import (
     prepare,
 )
 from dataloader.prompt_batches import pad_left
+from dataloader.title_batches import branch_batch
+from dataloader.title_prompt import TitlePrompts
 from model.language_model import load_causal_lm
+from model.title_likelihood import title_scores
 from model.verbalizer import candidate_scores
 from storage import atomic_path
 
@@ -43,6 +48,7 @@ NUM_HISTORY, NUM_TITLES = 10, 200
 MAX_TEXT_LEN = 4096
 SCORING_REPEATS = 3  # per user, as it is the shorter of the two
 USERS_FOR_LENGTH = 10  # users over which the length of the response is averaged
+WAYS = ("generation", "letters", "titles")
 WORDS = ("the", "story", "of", "a", "long", "night", "river", "city", "garden", "winter", "king")
 
 
@@ -64,7 +70,7 @@ def make_titles(tokenizer: Tokenizer, length: int) -> list[str]:
 
 
 class Rankers:
-    """Both ways to rank the candidates of a user.
+    """The ways to rank the candidates of a user.
 
     Args:
         setup: the language model.
@@ -74,18 +80,20 @@ class Rankers:
 
     def __init__(self, setup: Setup, model: PreTrainedModel, title_tokens: int) -> None:
         self.model, self.pad_id = model, setup.eos_id
-        self.prompts = build_prompts(
-            setup,
-            make_titles(setup.load_tokenizer(), title_tokens),
-            max_title_len=2 * title_tokens,
-            max_text_len=MAX_TEXT_LEN,
-        )
+        titles = make_titles(setup.load_tokenizer(), title_tokens)
+        limits = {"max_title_len": 2 * title_tokens, "max_text_len": MAX_TEXT_LEN}
+        self.prompts = build_prompts(setup, titles, **limits)
+        self.lines = TitlePrompts(setup.load_tokenizer(), titles, max_history=NUM_HISTORY, **limits)
         self.letter_ids = torch.from_numpy(self.prompts.letter_ids).to(model.device)
+
+    def items(self, user: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the history and the candidates of a user."""
+        items = 1 + np.random.default_rng(user).permutation(NUM_TITLES)
+        return items[:NUM_HISTORY], items[NUM_HISTORY:][:NUM_CANDIDATES]
 
     def prompt(self, user: int) -> tuple[dict[str, Any], int]:
         """Return a user's prompt as a batch, and the tokens of all candidates' titles."""
-        items = 1 + np.random.default_rng(user).permutation(NUM_TITLES)
-        history, candidates = items[:NUM_HISTORY], items[NUM_HISTORY:][:NUM_CANDIDATES]
+        history, candidates = self.items(user)
         batch = pad_left([self.prompts.encode(history, candidates)], self.pad_id)
         response = "\n".join(self.prompts.titles[item] for item in candidates)
         return (
@@ -105,33 +113,39 @@ class Rankers:
             pad_token_id=self.pad_id,
         )
 
-    def score(self, user: int) -> None:
-        """Score the candidates in one forward pass."""
+    def score_letters(self, user: int) -> None:
+        """Score the candidates' letters in one forward pass."""
         candidate_scores(self.model, self.prompt(user)[0], self.letter_ids)
+
+    def score_titles(self, user: int) -> None:
+        """Score the candidates' titles in one forward pass."""
+        history, candidates = self.items(user)
+        lines = [self.lines.lines[item] for item in candidates]
+        batch = branch_batch([self.lines.encode(history)], [lines], self.pad_id)
+        title_scores(self.model, send_to_device(batch, self.model.device))
 
 
 @torch.inference_mode()
 def measure(setup: Setup, model: PreTrainedModel, title_tokens: int, num_users: int) -> Row:
-    """Seconds per user of both ways."""
+    """Seconds per user of each way."""
     rankers, device = Rankers(setup, model, title_tokens), model.device
-    generation: list[float] = []
-    scoring: list[float] = []
-    rankers.score(0)  # a warm-up
+    scoring = {"letters": rankers.score_letters, "titles": rankers.score_titles}
+    for score in scoring.values():  # a warm-up
+        score(0)
+    times: dict[str, list[float]] = {name: [] for name in WAYS}
     for user in range(num_users):
-        generation.append(seconds(partial(rankers.generate, user), device))
-        for _ in range(SCORING_REPEATS):
-            scoring.append(seconds(partial(rankers.score, user), device))
-    generation_s, scoring_s = statistics.median(generation), statistics.median(scoring)
+        times["generation"].append(seconds(partial(rankers.generate, user), device))
+        for _, (name, score) in product(range(SCORING_REPEATS), scoring.items()):
+            times[name].append(seconds(partial(score, user), device))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    written = statistics.mean(rankers.prompt(user)[1] for user in range(USERS_FOR_LENGTH))
     return {
         "model": setup.name,
         "in_4bit": setup.in_4bit,
         "title_tokens": title_tokens,
-        "written_tokens": statistics.mean(
-            rankers.prompt(user)[1] for user in range(USERS_FOR_LENGTH)
-        ),
-        "generation_s": round(generation_s, 4),
-        "scoring_s": round(scoring_s, 4),
-        "speedup": round(generation_s / scoring_s, 1),
+        "written_tokens": written,
+        **{f"{name}_s": round(value, 4) for name, value in medians.items()},
+        **{f"{name}_speedup": round(medians["generation"] / medians[name], 1) for name in scoring},
     }
 
 
@@ -155,8 +169,8 @@ def draw(rows: list[Row], device: str, path: Path) -> None:
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
         own = [row for row in rows if row["model"] == name]
         lengths = [row["title_tokens"] for row in own]
-        for key, label in (("generation_s", "generation"), ("scoring_s", "one forward pass")):
-            axes.plot(lengths, [row[key] for row in own], "o-", label=label)
+        for name in WAYS:
+            axes.plot(lengths, [row[f"{name}_s"] for row in own], "o-", label=name)
         axes.set(
             title=f"{name}, {device}", xlabel="title length (tokens)", ylabel="seconds per user"
         )

@@ -30,7 +30,7 @@ from benchmarks.common import (
     report,
     run,
     update,
-    use_stock_dropout,
+    use_stock_modules,
 )
 from config import MODEL_CODES, RetrieverConfig, retriever_preset
 from dataloader.sequences import Histories, MaskedWindows, TrainingWindows
@@ -127,7 +127,7 @@ def measure(data: SequenceDataset, config: RetrieverConfig, rounds: int) -> Row:
     spec = RetrieverSpec.from_settings(config.as_dict() | {"num_items": data.num_items})
     model, plain_model = build_retriever(spec), build_retriever(spec)
     plain_model.load_state_dict(model.state_dict())
-    use_stock_dropout(plain_model)
+    use_stock_modules(plain_model)
     rng = np.random.default_rng(0)
 
     def draw(high: int) -> list[list[int]]:

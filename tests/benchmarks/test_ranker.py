@@ -21,11 +21,14 @@ def test_train(
     # In one process the second recipe may not exceed the peak of the first.
     monkeypatch.setattr(ranker_train, "rss_mib", lambda: 0.0)
     flags = ["--datasets", "ml-100k", "--batch_size", "2", "--rounds", "1"]
-    ranker_train.main([*data_flags, *flags])
+    ranker_train.main([*data_flags, *flags, "--verbalizers", "letters", "titles"])
+    printed = result(capsys.readouterr().out)
+    assert [row["verbalizer"] for row in printed["rows"]] == ["letters", "titles"]
     assert_rows(
-        result(capsys.readouterr().out),
+        printed,
         "ranker_train",
-        "model dataset in_4bit batch_size published_s ours_s prompts_per_s tokens_per_s "
+        "model verbalizer dataset in_4bit batch_size published_s ours_s examples_per_s "
+        "tokens_per_s "
         "throughput_ratio published_mib ours_mib memory_ratio floor_share",
     )
 
@@ -39,7 +42,8 @@ def test_inference(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert_rows(
         printed,
         "ranker_inference",
-        "model in_4bit title_tokens written_tokens generation_s scoring_s speedup",
+        "model in_4bit title_tokens written_tokens generation_s letters_s titles_s "
+        "letters_speedup titles_speedup",
     )
     assert [row["title_tokens"] for row in printed["rows"]] == [2, 3]
     assert figure.read_bytes().startswith(b"\x89PNG")
