@@ -6,7 +6,6 @@ Example:
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,13 @@ from typing import Any
 from cli import parse, run_main
 from config import RankerConfig, ranker_preset
 from dataloader.candidates import CANDIDATES_FILE, Candidates, load_candidates
-from dataloader.prompt import PromptBuilder
-from dataloader.title_prompt import TitlePrompts
 from datasets import SequenceDataset
 from datasets.base import Filters
-from errors import ArgumentError, UserError, advice
+from errors import UserError, advice
 from flags import reread
 from process import check_device
 from recipes.language_model import LanguageModel, find_language_model
+from recipes.prompts import build_prompts
 from recipes.runs import check_examples, check_replaceable, load_data, locked, run_fingerprint
 from storage import read_json, reading
 from trainer.run_folder import CONFIG, LOG, RunFolder
@@ -52,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     candidates = read_candidates(config, data)
     check_retriever(config)
     language_model = find_language_model(config)
-    prompts = build_prompts(config, data, candidates, language_model)
+    sizes = [split.items.shape[1] for split in candidates.values()]
+    num_candidates = max(config.llm_negative_sample_size + 1, *sizes)
+    prompts = build_prompts(config, data, num_candidates, language_model)
     details = run_details(config, data, language_model)
     items = (split.items.tobytes() for split in candidates.values())
     fingerprint = run_fingerprint(config, language_model.details(), data, *items)
@@ -129,56 +129,6 @@ def check_retriever(config: RankerConfig) -> None:
                 f"{config.retrieved_dir}: no {name} there, which --retriever_prior true needs; "
                 f"{RETRAIN}, or set --retriever_prior false"
             )
-
-
-def build_prompts(
-    config: RankerConfig,
-    data: SequenceDataset,
-    candidates: Mapping[str, Candidates],
-    language_model: LanguageModel,
-) -> PromptBuilder | TitlePrompts:
-    """The builder of prompts for training and evaluation.
-
-    Raises:
-        UserError: a prompt is too long, or the tokenizer has too few letters.
-    """
-    sizes = [split.items.shape[1] for split in candidates.values()]
-    try:
-        if config.verbalizer == "titles":
-            note_equal_titles(data)
-            return TitlePrompts(
-                language_model.tokenizer,
-                data.titles,
-                max_history=config.llm_max_history,
-                max_title_len=config.llm_max_title_len,
-                max_text_len=config.llm_max_text_len,
-            )
-        return PromptBuilder(
-            language_model.tokenizer,
-            data.titles,
-            instruction=config.llm_system_template,
-            input_template=config.llm_input_template,
-            num_candidates=max(config.llm_negative_sample_size + 1, *sizes),
-            max_title_len=config.llm_max_title_len,
-            max_text_len=config.llm_max_text_len,
-        )
-    except ArgumentError as error:
-        if error.argument == "max_text_len":
-            advised = "raise it or lower --llm_max_title_len or --llm_max_history"
-            raise UserError(f"--llm_{error}; {advised}") from error
-        advised = "lower --llm_negative_sample_size and the retriever's --num_candidates"
-        raise UserError(f"{error.value} candidates: {error.problem}; {advised}") from error
-
-
-def note_equal_titles(data: SequenceDataset) -> None:
-    """Point out items that the likelihood of titles cannot tell apart."""
-    num_equal = data.num_items - len(set(data.titles[1:]))
-    if num_equal:
-        print(
-            f"note: {num_equal:,} of {data.num_items:,} items have the title of another item, so "
-            "that their scores are equal",
-            file=sys.stderr,
-        )
 
 
 def run_details(

@@ -21,10 +21,12 @@ This module does not import torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from dataloader.title_trie import TitleTrie
 from errors import ArgumentError
 
 HEADING = "User history in chronological order:"
@@ -75,6 +77,11 @@ class TitlePrompts:
             raise ArgumentError(
                 "max_text_len", max_text_len, f"{max_history} titles can take {num_tokens} tokens"
             )
+
+    @cached_property
+    def trie(self) -> TitleTrie:
+        """The prefix tree of the lines."""
+        return TitleTrie(self.lines)
 
     def encode(self, items: Sequence[int] | np.ndarray) -> np.ndarray:
         """Tokenize the heading and the lines of items, oldest first.

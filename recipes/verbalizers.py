@@ -31,7 +31,6 @@ from dataloader.sampler import evaluation_loader
 from dataloader.sequences import Prefixes
 from dataloader.title_batches import CandidateTitles, CatalogueTitles, TitleDocuments
 from dataloader.title_prompt import TitlePrompts
-from dataloader.title_trie import TitleTrie
 from datasets import SequenceDataset
 from errors import advice
 from evaluation.fusion import RETRIEVER, Fusion, fit_fusion
@@ -284,7 +283,7 @@ class GuidedTitles(Verbalizer):
 
     def __init__(self, *args: Any, prompts: TitlePrompts) -> None:
         super().__init__(*args)
-        self.prompts, self.trie = prompts, TitleTrie(prompts.lines)
+        self.prompts, self.trie = prompts, prompts.trie
         self.tokens = torch.from_numpy(self.trie.tokens).to(self.device)
         self._priors: dict[str, RetrieverPrior] = {}  # by split
         self.documents = GuidedDocuments(

@@ -1,0 +1,109 @@
+"""Recommendations from a finished run of either stage, after any history.
+
+Both stages are those of the evaluation. They see each history as that of a user whose next item is
+to be predicted, so that scores after a history cut before the test target are those of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from dataloader.sampler import evaluation_loader
+from dataloader.sequences import Histories
+from datasets import SequenceDataset
+from errors import advice
+from evaluation.retrieval import retrieve
+from model.registry import load_retriever
+from storage import read_json, reading
+from trainer.run_folder import CONFIG
+
+if TYPE_CHECKING:  # it imports transformers and peft, which a retriever does not need
+    from recipes.second_stage import Ranker
+
+BATCH_SIZE = 64
+PLACEHOLDER = 1  # an item in the place of the unknown next one; nothing depends on it
+
+
+class Recommendations(NamedTuple):
+    """Items for n histories.
+
+    Attributes:
+        items: (n, k) items, best first.
+        scores: (n, k) their scores by name; the last one orders them.
+        retrieved: (n, k) their 1-based rank by the retriever.
+    """
+
+    items: np.ndarray
+    scores: dict[str, np.ndarray]
+    retrieved: np.ndarray
+
+
+def with_histories(data: SequenceDataset, histories: Sequence[np.ndarray]) -> SequenceDataset:
+    """A data set whose users' histories before the test target are ``histories``."""
+    lengths = [len(history) + 1 for history in histories]
+    parts = [np.append(history, PLACEHOLDER).astype(np.int32) for history in histories]
+    return replace(
+        data,
+        item_ids=np.concatenate(parts),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        user_names=[str(index) for index in range(len(histories))],
+    )
+
+
+class Recommender:
+    """The models of a run.
+
+    Args:
+        run_dir: a finished run of ``train_retriever.py`` or ``train_ranker.py``.
+        data: its data set.
+        device: ``cpu``, ``cuda`` or None for CUDA if available.
+        base_model: overrides the language model that the run's ``config.json`` names.
+
+    Raises:
+        UserError: the run cannot be used.
+    """
+
+    def __init__(
+        self, run_dir: Path, data: SequenceDataset, device: str | None, base_model: str | None
+    ) -> None:
+        self.data = data
+        settings = read_json(run_dir / CONFIG)
+        self.ranker: Ranker | None = None
+        retriever_dir = run_dir
+        if "verbalizer" in settings:
+            retriever_dir = Path(settings["retrieved_from"])
+        with advice("run train_retriever.py again"), reading(retriever_dir / CONFIG):
+            retriever = read_json(retriever_dir / CONFIG)
+            self.mask_history = retriever["mask_history"] != "never"
+            self.num_candidates = int(retriever["num_candidates"])
+        self.retriever = load_retriever(retriever_dir, data.num_items)
+        if "verbalizer" in settings:
+            from recipes.second_stage import Ranker
+
+            self.ranker = Ranker(run_dir, settings, data, self.num_candidates, device, base_model)
+            self.retriever.to(self.ranker.device)
+
+    def recommend(self, histories: Sequence[np.ndarray], k: int) -> Recommendations:
+        """Recommend the k best items after each history, which must not be empty."""
+        data = with_histories(self.data, histories)
+        spec = self.retriever.spec
+        examples = Histories(data, "test", spec.max_len, spec.mask_token)
+        candidates = retrieve(
+            self.retriever,
+            evaluation_loader(examples, BATCH_SIZE, 0),
+            mask_history=self.mask_history,
+            num_candidates=self.num_candidates if self.ranker else k,
+            description="retrieve",
+        )
+        scores = {"retriever": candidates.scores}
+        if self.ranker:
+            scores = self.ranker.scores(data, candidates)
+        *_, final = scores.values()
+        order = np.argsort(-final, axis=1, kind="stable")[:, :k]
+        best = {name: np.take_along_axis(values, order, 1) for name, values in scores.items()}
+        return Recommendations(np.take_along_axis(candidates.items, order, 1), best, order + 1)

@@ -1,0 +1,258 @@
+"""Recommend items after a user's history, with a finished run of either stage.
+
+Example:
+    python recommend.py --run experiments/lru/ml-100k --user 42
+    python recommend.py --run experiments/smollm2-135m/games --history "Halo 3; Gears of War"
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from cli import Parser, run_main
+from config import RankerConfig, RetrieverConfig
+from datasets import SequenceDataset
+from errors import UserError, advice
+from flags import reread
+from process import check_device
+from recipes.lookup import find_items, find_user
+from recipes.runs import load_data
+from storage import read_json, reading
+from trainer.run_folder import CONFIG
+
+if TYPE_CHECKING:  # it imports torch
+    from recipes.recommend import Recommender
+
+DATA_FLAGS = (
+    "dataset_code", "data_root", "cache_root", "interactions", "items",
+    "min_rating", "min_uc", "min_sc",
+)  # fmt: skip
+SHOWN_HISTORY = 10
+SEPARATOR = ";"
+
+
+class Query(NamedTuple):
+    """Somebody to recommend items to.
+
+    Attributes:
+        user: identifier of a user of the data set, or None.
+        history: (n,) items, oldest first.
+    """
+
+    user: str | None
+    history: np.ndarray
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, metavar="DIR", help="a finished run")
+    parser.add_argument("--user", metavar="ID", help="a user of the data set")
+    parser.add_argument(
+        "--history",
+        metavar="TITLES",
+        help="titles, oldest first, separated by semicolons, or a file with one title a line",
+    )
+    parser.add_argument("--k", type=int, default=10, help="number of items (default: 10)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="CUDA if available")
+    parser.add_argument("--data_root", help="folder of raw data, unless that of the run")
+    parser.add_argument("--cache_root", help="folder of preprocessed data, unless that of the run")
+    parser.add_argument("--llm_base_model", help="the language model, unless that of the run")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Look up what was asked, load the models, answer."""
+    flags = parse(argv)
+    check_flags(flags)
+    check_device(flags.device)
+    settings = read_settings(Path(flags.run))
+    with redirect_stdout(sys.stderr):
+        data = load_data(data_config(flags, settings))
+        query = first_query(flags, data)
+        # torch takes seconds to import, so this comes after all checks.
+        from recipes.recommend import Recommender
+
+        recommender = Recommender(Path(flags.run), data, flags.device, flags.llm_base_model)
+    check_k(flags, recommender)
+    if query:
+        answer(recommender, query, flags)
+    else:
+        converse(recommender, flags)
+
+
+def check_flags(flags: argparse.Namespace) -> None:
+    """Refuse flags that contradict each other.
+
+    Raises:
+        UserError: they do, or there is nobody to ask.
+    """
+    if flags.user is not None and flags.history is not None:
+        raise UserError("--user and --history: give one of them")
+    if flags.k < 1:
+        raise UserError(f"--k {flags.k}: at least 1 item")
+    if flags.user is None and flags.history is None and (flags.json or not sys.stdin.isatty()):
+        raise UserError("give a user with --user or titles with --history")
+
+
+def read_settings(run_dir: Path) -> dict[str, Any]:
+    """Settings of a finished run.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not (run_dir / CONFIG).exists():
+        raise UserError(f"--run {run_dir}: no {CONFIG} there; name the folder of a finished run")
+    settings: dict[str, Any] = read_json(run_dir / CONFIG)
+    last = "fusion.json" if "verbalizer" in settings else "test_metrics.json"
+    if not (run_dir / last).exists():
+        raise UserError(f"--run {run_dir}: the run is not finished; continue it with --resume")
+    return settings
+
+
+def data_config(
+    flags: argparse.Namespace, settings: dict[str, Any]
+) -> RetrieverConfig | RankerConfig:
+    """The data settings of a run, with the folders that the flags name."""
+    config = RankerConfig if "verbalizer" in settings else RetrieverConfig
+    with reading(Path(flags.run, CONFIG)):
+        known = reread(config, {name: settings[name] for name in DATA_FLAGS})
+    given = {
+        name: getattr(flags, name)
+        for name in ("data_root", "cache_root")
+        if getattr(flags, name) is not None
+    }
+    return config(**known | given)
+
+
+def check_k(flags: argparse.Namespace, recommender: Recommender) -> None:
+    """Refuse to show more items than there are.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    most = recommender.num_candidates if recommender.ranker else recommender.data.num_items
+    if flags.k > most:
+        what = "candidates are ranked" if recommender.ranker else "items are in the catalogue"
+        raise UserError(f"--k {flags.k}: {most} {what}")
+
+
+# Questions ----------------------------------------------------------------------------------------
+
+
+def first_query(flags: argparse.Namespace, data: SequenceDataset) -> Query | None:
+    """What the flags ask, None if they ask nothing."""
+    if flags.user is not None:
+        return user_query(data, flags.user)
+    if flags.history is not None:
+        return titles_query(data, read_titles(flags.history))
+    return None
+
+
+def user_query(data: SequenceDataset, name: str) -> Query:
+    """A user of the data set, after all interactions."""
+    user = find_user(data, name)
+    return Query(name, data.item_ids[data.offsets[user] : data.offsets[user + 1]])
+
+
+def read_titles(text: str) -> list[str]:
+    """Titles from a flag, or from the file that it names.
+
+    Raises:
+        UserError: there are none.
+    """
+    if Path(text).is_file():
+        with reading(Path(text)):
+            titles = Path(text).read_text(encoding="utf-8").splitlines()
+    else:
+        titles = text.split(SEPARATOR)
+    titles = [title.strip() for title in titles if title.strip()]
+    if not titles:
+        raise UserError("--history: no titles")
+    return titles
+
+
+def titles_query(data: SequenceDataset, titles: Sequence[str]) -> Query:
+    """Somebody new, known by titles. Titles that are not quite those of an item are pointed out."""
+    with advice("give other titles with --history"):
+        matches = find_items(data, titles)
+    for match in matches:
+        if not match.is_certain:
+            print(f"note: {match.query!r} is taken for {match.title!r}", file=sys.stderr)
+    return Query(None, np.array([match.item for match in matches]))
+
+
+def converse(recommender: Recommender, flags: argparse.Namespace) -> None:
+    """Ask for users or titles and answer, until there are no more."""
+    data = recommender.data
+    print(f"Enter a user, or titles separated by {SEPARATOR!r}. An empty line ends.")
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if not text:
+            return
+        try:
+            is_user = text in data.user_names
+            query = user_query(data, text) if is_user else titles_query(data, read_titles(text))
+        except UserError as error:
+            print(error)
+            continue
+        answer(recommender, query, flags)
+
+
+# Answers ------------------------------------------------------------------------------------------
+
+
+def answer(recommender: Recommender, query: Query, flags: argparse.Namespace) -> None:
+    """Print recommendations, as a table or as JSON."""
+    found = recommender.recommend([query.history], flags.k)
+    data, rows = recommender.data, []
+    for index, item in enumerate(found.items[0].tolist()):
+        rows.append(
+            {
+                "rank": index + 1,
+                "item": data.item_names[item],
+                "title": data.titles[item],
+                "retrieved": int(found.retrieved[0, index]),
+                "scores": {name: float(values[0, index]) for name, values in found.scores.items()},
+            }
+        )
+    history = [data.titles[item] for item in query.history.tolist()]
+    if flags.json:
+        print(json.dumps({"user": query.user, "history": history, "recommendations": rows}))
+    else:
+        print(table(query.user, history, rows))
+
+
+def table(user: str | None, history: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
+    """Format the end of the history and the recommendations as lines of text."""
+    shown = history[-SHOWN_HISTORY:]
+    who = "History" if user is None else f"History of user {user}"
+    count = f"the last {len(shown)} of {len(history)} items" if len(shown) < len(history) else ""
+    lines = [f"{who}{', ' + count if count else ''}:", *(f"  {title}" for title in shown), ""]
+    width = max(len(row["title"]) for row in rows)
+    names = list(rows[0]["scores"])
+    lines.append(
+        f"{'rank':>4}  {'title':<{width}}  {'retrieved':>9}  "
+        + "  ".join(f"{name:>{max(len(name), 8)}}" for name in names)
+    )
+    for row in rows:
+        scores = "  ".join(f"{row['scores'][name]:>{max(len(name), 8)}.3f}" for name in names)
+        lines.append(f"{row['rank']:>4}  {row['title']:<{width}}  {row['retrieved']:>9}  {scores}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_main(main, can_resume=False)
