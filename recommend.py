@@ -3,6 +3,7 @@
 Example:
     python recommend.py --run experiments/lru/ml-100k --user 42
     python recommend.py --run experiments/smollm2-135m/games --history "Halo 3; Gears of War"
+    python recommend.py --run experiments/lru/games --input users.csv --output recommendations
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from datasets import SequenceDataset
 from errors import UserError, advice
 from flags import reread
 from process import check_device
+from recipes.bulk import MANIFEST, People, recommend_to_all
 from recipes.lookup import find_items, find_user
-from recipes.runs import load_data
+from recipes.runs import load_data, locked
 from storage import read_json, reading
-from trainer.run_folder import CONFIG
+from trainer.run_folder import CONFIG, RunFolder
 
 if TYPE_CHECKING:  # it imports torch
     from recipes.recommend import Recommender
@@ -61,6 +63,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="TITLES",
         help="titles, oldest first, separated by semicolons, or a file with one title a line",
     )
+    parser.add_argument(
+        "--input",
+        metavar="FILE",
+        help="CSV, TSV or Parquet file with users of the data set (column user) or the "
+        "interactions of anybody (user, item, timestamp; all rows of a user together)",
+    )
+    parser.add_argument("--output", metavar="DIR", help="folder of Parquet files for --input")
+    parser.add_argument(
+        "--part_users", type=int, default=4096, help="users per file (default: 4096)"
+    )
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted --output")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier --output")
     parser.add_argument("--k", type=int, default=10, help="number of items (default: 10)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="CUDA if available")
@@ -79,12 +93,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     with redirect_stdout(sys.stderr):
         data = load_data(data_config(flags, settings))
         query = first_query(flags, data)
+        people = People(Path(flags.input), data) if flags.input else None
         # torch takes seconds to import, so this comes after all checks.
         from recipes.recommend import Recommender
 
         recommender = Recommender(Path(flags.run), data, flags.device, flags.llm_base_model)
     check_k(flags, recommender)
-    if query:
+    if people:
+        fill_table(recommender, people, flags)
+    elif query:
         answer(recommender, query, flags)
     else:
         converse(recommender, flags)
@@ -96,12 +113,37 @@ def check_flags(flags: argparse.Namespace) -> None:
     Raises:
         UserError: they do, or there is nobody to ask.
     """
-    if flags.user is not None and flags.history is not None:
-        raise UserError("--user and --history: give one of them")
-    if flags.k < 1:
-        raise UserError(f"--k {flags.k}: at least 1 item")
-    if flags.user is None and flags.history is None and (flags.json or not sys.stdin.isatty()):
-        raise UserError("give a user with --user or titles with --history")
+    given = [f"--{name}" for name in ("user", "history", "input") if getattr(flags, name)]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)}: give one of them")
+    if flags.k < 1 or flags.part_users < 1:
+        raise UserError("--k and --part_users must be at least 1")
+    if not given and (flags.json or not sys.stdin.isatty()):
+        raise UserError("give a user with --user, titles with --history or a file with --input")
+    if bool(flags.input) != bool(flags.output):
+        raise UserError("--input and --output need each other")
+    if flags.output:
+        check_output(flags)
+
+
+def check_output(flags: argparse.Namespace) -> None:
+    """Refuse to replace or mix earlier recommendations.
+
+    Raises:
+        UserError: there are some, and the flags do not say what to do with them.
+    """
+    output = Path(flags.output)
+    if not Path(flags.input).is_file():
+        raise UserError(f"--input {flags.input}: no such file")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file; name a folder")
+    if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).exists():
+        raise UserError(f"--output {output}: the folder holds something else; name another")
+    if (output / MANIFEST).exists() and not (flags.resume or flags.overwrite):
+        raise UserError(
+            f"--output {output} holds recommendations: continue with --resume or replace them "
+            "with --overwrite"
+        )
 
 
 def read_settings(run_dir: Path) -> dict[str, Any]:
@@ -191,6 +233,29 @@ def titles_query(data: SequenceDataset, titles: Sequence[str]) -> Query:
     return Query(None, np.array([match.item for match in matches]))
 
 
+def fill_table(recommender: Recommender, people: People, flags: argparse.Namespace) -> None:
+    """Write recommendations for all users of a file."""
+    output = Path(flags.output)
+    with locked(RunFolder(output, (), "")):
+        record = recommend_to_all(
+            recommender,
+            Path(flags.run),
+            people,
+            output,
+            k=flags.k,
+            part_users=flags.part_users,
+            resume=flags.resume and not flags.overwrite,
+        )
+    if people.num_skipped:
+        what = "without a known item" if people.has_interactions else "not in the data set"
+        print(
+            f"note: {people.num_skipped:,} users are {what} and left out, the first: "
+            f"{people.first_skipped}",
+            file=sys.stderr,
+        )
+    print(f"{record['users']:,} users in {record['parts']:,} files, written to {output}")
+
+
 def converse(recommender: Recommender, flags: argparse.Namespace) -> None:
     """Ask for users or titles and answer, until there are no more."""
     data = recommender.data
@@ -255,4 +320,4 @@ def table(user: str | None, history: Sequence[str], rows: Sequence[dict[str, Any
 
 
 if __name__ == "__main__":
-    run_main(main, can_resume=False)
+    run_main(main)

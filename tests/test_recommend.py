@@ -119,12 +119,12 @@ def test_a_conversation(
     ("flags", "message"),
     [
         (["--user", "u1", "--history", "a"], "--user and --history: give one of them"),
-        (["--user", "u1", "--k", "0"], "--k 0: at least 1 item"),
+        (["--user", "u1", "--k", "0"], "--k and --part_users must be at least 1"),
         (["--user", "u1", "--k", "41"], "--k 41: 40 items are in the catalogue"),
         (["--user", "nobody"], "--user nobody: no such user in custom; similar: "),
         (["--history", " ; "], "--history: no titles"),
         (["--history", "qqqq"], "give other titles with --history|no title in custom resembles"),
-        ([], "give a user with --user or titles with --history"),
+        ([], "give a user with --user, titles with --history or a file with --input"),
     ],
 )
 def test_mistakes(retrieved: Path, flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch):
