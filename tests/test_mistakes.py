@@ -137,6 +137,9 @@ FLAGS = [
     Mistake("adapters of rank 0", f"{RANK} --lora_r 0", "--lora_r: 0 is out of range"),
     Mistake("cut-off of the ranker", f"{RANK} --rerank_metric_ks 5",
             "--rerank_best_metric NDCG@10: 10 is not among --rerank_metric_ks"),
+    Mistake("one fold", f"{RANK} --folds 1", "--folds 1: at least 2 are needed"),
+    Mistake("metric without a cut-off for the ranker", f"{RANK} --rerank_best_metric log_loss",
+            "--rerank_best_metric log_loss: use Recall, MRR or NDCG"),
     Mistake("neither auto nor a boolean", f"{RANK} --gradient_checkpointing maybe",
             "--gradient_checkpointing: invalid choice: 'maybe'"),
     Mistake("template without candidates", f"{RANK} --llm_input_template {{}}",
@@ -441,6 +444,9 @@ RETRIEVED = [
             f"--dataset_code games: {RETRIEVER} used custom; leave out the flag or name another "
             "--llm_retrieved_path"),
     Mistake("other filters", f"{CANDIDATES} --min_uc 9", f"--min_uc 9: {RETRIEVER} used 5; leave "),
+    Mistake("no weights of the retriever", f"{CANDIDATES} --verbalizer titles",
+            f"{RETRIEVER}: no log.jsonl there, which --retriever_prior true needs; run "
+            "train_retriever.py again, or set --retriever_prior false"),
     retrieved("candidates empty", "candidates.npz", b"", "candidates.npz is damaged ("),
     retrieved("candidates truncated", "candidates.npz", lambda x: x[:1000],
               "run train_retriever.py with the same data and --min_* flags"),

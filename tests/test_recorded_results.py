@@ -48,10 +48,13 @@ from augmentation.merge import merge
 from augmentation.prompts import GenerationPrompts, IdPrompts, TrainingExamples
 from config import RetrieverConfig
 from dataloader.candidates import Candidates, load_candidates
+from dataloader.guided_titles import GuidedCandidates, GuidedDocuments
 from dataloader.prompt import PromptBuilder
 from dataloader.prompt_batches import EvaluationPrompts, TrainingPrompts
+from dataloader.retriever_prior import ItemScores, RetrieverPrior
 from dataloader.sampler import ShuffledBatches, evaluation_loader
 from dataloader.sequences import Histories, MaskedWindows, Prefixes, TrainingWindows
+from dataloader.title_prompt import TitlePrompts
 from datasets import SequenceDataset
 from datasets.base import Filters, RawData
 from datasets.preprocessing import build
@@ -336,6 +339,52 @@ def language_model_results(folder: Path) -> Results:
     }
 
 
+def guided_title_results(folder: Path) -> Results:
+    """Titles relative to a retriever: batches, losses, gradients, scores."""
+    from model.guided_titles import add_prior_weights, guided_loss, guided_scores
+    from model.language_model import load_causal_lm
+
+    save_llama(folder)
+    data = make_data()
+    prompts = TitlePrompts(make_tokenizer(), data.titles, max_history=5, max_text_len=500)
+    documents = GuidedDocuments(
+        data, prompts, trie=prompts.trie, max_rows=3, max_tokens=300, pad_id=EOS
+    )
+    rng = np.random.default_rng(0)
+
+    def prior(keys: np.ndarray) -> RetrieverPrior:
+        layer = ItemScores(
+            rng.standard_normal((data.num_items + 1, 4)), rng.standard_normal(data.num_items + 1)
+        )
+        encodings, layer_of = rng.standard_normal((len(keys), 4)), np.zeros_like(keys)
+        return RetrieverPrior(keys, encodings, [layer], layer_of, mask_history=True)
+
+    documents.prior = prior(documents.interactions(np.arange(len(documents))))
+    items = (data.targets("test")[:, None] + np.arange(6)) % data.num_items + 1
+    unused = np.empty(0)
+    candidates = GuidedCandidates(
+        data, "test", Candidates(items, unused, unused, unused), prompts,
+        users=np.arange(0, data.num_users, 3), pad_id=EOS, trie=prompts.trie,
+        prior=prior(np.arange(data.num_users)),
+    )  # fmt: skip
+    model = load_causal_lm(folder, device=torch.device("cpu"), in_4bit=False).float()
+    add_prior_weights(model)
+    tokens = torch.from_numpy(prompts.trie.tokens)
+    batches = documents.__getitems__(NUMBERS)
+    losses = [guided_loss(model, batch, tokens) * batch["weight"] for batch in batches]
+    torch.stack(losses).sum().backward()
+    scored = candidates.__getitems__(list(range(len(candidates))))
+    with torch.no_grad():
+        scores = guided_scores(model, scored, tokens)
+    return {
+        "training": without_weights(batches),
+        "scoring": scored,
+        "losses": torch.stack(losses).detach(),
+        "gradients": torch.cat([p.grad.flatten() for p in model.parameters()]),
+        "scores": scores,
+    }
+
+
 # Augmentation -----------------------------------------------------------------------------------
 
 
@@ -397,6 +446,7 @@ SECTIONS: dict[str, Callable[[Path], Results]] = {
     **{f"retriever {name}": partial(retriever_results, name) for name in RETRIEVER_FLAGS},
     "prompts": prompt_results,
     "language model": language_model_results,
+    "guided titles": guided_title_results,
     "augmentation": augmentation_results,
 }
 
