@@ -100,10 +100,9 @@ def retriever_config(config: RankerConfig) -> RetrieverConfig:
     """
     path = config.retrieved_dir / CONFIG
     settings = read_json(path)
+    names = settings.keys() & flags_of(RetrieverConfig).keys() - {*INHERITED}
     with reading(path):
-        known = reread(
-            RetrieverConfig, {name: settings[name] for name in flags_of(RetrieverConfig)}
-        )
+        known = reread(RetrieverConfig, {name: settings[name] for name in names})
     here = {name: getattr(config, name) for name in INHERITED}
     return RetrieverConfig(**known | here | {"search": False, "augmented": None})
 

@@ -31,7 +31,8 @@ def build_prompts(
     """
     try:
         if config.verbalizer == "titles":
-            note_equal_titles(data)
+            if not config.retriever_prior:
+                note_equal_titles(data)
             return TitlePrompts(
                 language_model.tokenizer,
                 data.titles,
