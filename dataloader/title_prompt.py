@@ -22,12 +22,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from dataloader.title_trie import TitleTrie
 from errors import ArgumentError
+
+if TYPE_CHECKING:
+    from dataloader.title_trie import TitleTrie
 
 HEADING = "User history in chronological order:"
 _BREAK = "\n"
@@ -81,6 +84,8 @@ class TitlePrompts:
     @cached_property
     def trie(self) -> TitleTrie:
         """The prefix tree of the lines."""
+        from dataloader.title_trie import TitleTrie  # it imports torch
+
         return TitleTrie(self.lines)
 
     def encode(self, items: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -16,8 +16,6 @@ and p(title) is the product over the branches on the path to it. A language mode
 of the same tokens, so that both can be combined token by token (``model.guided_titles``). Decoding
 on such a tree is due to N. De Cao et al., Autoregressive Entity Retrieval, ICLR 2021
 (https://arxiv.org/abs/2010.00904).
-
-This module does not import torch.
 """
 
 from __future__ import annotations

@@ -248,3 +248,12 @@ hostile_titles = st.one_of(
         ]
     ),
 )  # fmt: skip
+
+
+def copy_run(run: Path, folder: Path) -> Path:
+    """Copy a run of the retriever, for tests that add retrievers of folds to it."""
+    folder.mkdir(parents=True)
+    for path in run.iterdir():
+        if path.is_file():
+            (folder / path.name).write_bytes(path.read_bytes())
+    return folder

@@ -445,8 +445,9 @@ RETRIEVED = [
             "--llm_retrieved_path"),
     Mistake("other filters", f"{CANDIDATES} --min_uc 9", f"--min_uc 9: {RETRIEVER} used 5; leave "),
     Mistake("no weights of the retriever", f"{CANDIDATES} --verbalizer titles",
-            f"{RETRIEVER}: no log.jsonl there, which --retriever_prior true needs; run "
-            "train_retriever.py again, or set --retriever_prior false"),
+            f"{RETRIEVER}: no model.safetensors there, which --retriever_prior true needs; run "
+            "train_retriever.py again, or set --retriever_prior false",
+            {f"{RETRIEVER}/model.safetensors": None}),
     retrieved("candidates empty", "candidates.npz", b"", "candidates.npz is damaged ("),
     retrieved("candidates truncated", "candidates.npz", lambda x: x[:1000],
               "run train_retriever.py with the same data and --min_* flags"),

@@ -11,7 +11,7 @@ from datasets import SequenceDataset
 from errors import UserError
 from recipes.recommend import Recommender
 from storage import read_json
-from tests.helpers import run_script
+from tests.helpers import copy_run, run_script
 
 SHORT = ["--device", "cpu", "--max_steps", 2, "--warmup_steps", 0, "--lora_val_iterations", 2]
 RANKERS = {
@@ -29,9 +29,10 @@ def ranker(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """Folder of a finished run of the ranker."""
-    run = tmp_path_factory.mktemp("ranker") / "run"
+    root = tmp_path_factory.mktemp("ranker")
+    run, retriever = root / "run", copy_run(retrieved, root / "retriever")
     done = run_script(
-        "train_ranker.py", "--llm_retrieved_path", retrieved, "--llm_base_model", tiny_llama,
+        "train_ranker.py", "--llm_retrieved_path", retriever, "--llm_base_model", tiny_llama,
         *SHORT, *RANKERS[request.param], "--export_root", run,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

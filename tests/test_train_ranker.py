@@ -17,7 +17,15 @@ from datasets import SequenceDataset
 from errors import UserError
 from recipes.verbalizers import retrieved_negatives
 from storage import read_json
-from tests.helpers import ROOT, file_names, interrupt, make_builder, read_tokenizer, run_script
+from tests.helpers import (
+    ROOT,
+    copy_run,
+    file_names,
+    interrupt,
+    make_builder,
+    read_tokenizer,
+    run_script,
+)
 
 FLAGS = [
     "--device", "cpu", "--max_steps", 4, "--lora_val_iterations", 2, "--train_batch_size", 8,
@@ -231,9 +239,11 @@ def test_titles(flags: list[object], tmp_path: Path):
 
 
 def test_titles_with_the_retrievers_prior(flags: list[object], tmp_path: Path, retrieved: Path):
-    weights = check_titles(tmp_path / "run", tmp_path / "broken", [*flags, *TITLES])
+    retriever = copy_run(retrieved, tmp_path / "retriever")
+    flags = [*flags, *TITLES, "--llm_retrieved_path", retriever]
+    weights = check_titles(tmp_path / "run", tmp_path / "broken", flags)
     assert weights["ranker"] == {"retriever_log_probability": 1.0, "title_log_ratio": 1.0}
     assert list(weights["fused"]) == ["retriever_log_probability", "title_log_ratio"]
     assert (tmp_path / "run" / "adapter" / "prior_weights.safetensors").exists()
-    folds = sorted(path.name for path in (retrieved / "folds").iterdir())
+    folds = sorted(path.name for path in (retriever / "folds").iterdir())
     assert folds == ["1_of_3", "2_of_3", "3_of_3"]

@@ -23,7 +23,7 @@ from recipes.out_of_fold import (
     users_of,
 )
 from storage import read_json, write_json
-from tests.helpers import make_data
+from tests.helpers import copy_run, make_data
 from trainer.loop import Trainer
 
 CPU = torch.device("cpu")
@@ -32,11 +32,7 @@ CPU = torch.device("cpu")
 @pytest.fixture()
 def run(retrieved: Path, tmp_path: Path) -> Path:
     """A copy of the finished run, in which nobody has trained folds."""
-    copy = tmp_path / "retriever"
-    copy.mkdir()
-    for name in ("config.json", "log.jsonl", "model.safetensors", "candidates.npz"):
-        (copy / name).write_bytes((retrieved / name).read_bytes())
-    return copy
+    return copy_run(retrieved, tmp_path / "retriever")
 
 
 def config(run: Path, **flags: Any) -> RankerConfig:
