@@ -43,6 +43,10 @@ UNUSED_FLAGS = {  # by the value of another flag
         "llm_input_template", "train_candidates", "response_loss", "permutations",
     ),
 }  # fmt: skip
+DATA_FLAGS = (  # what selects the data set; later stages take it over from a run
+    "dataset_code", "data_root", "cache_root", "interactions", "items",
+    "min_rating", "min_uc", "min_sc",
+)  # fmt: skip
 LOG_LIKELIHOOD = "log_likelihood"  # a value of --rerank_best_metric
 TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 1024}  # default of --tokens_per_batch
 
@@ -239,6 +243,11 @@ class RetrieverConfig(CommonConfig):
         """Folder of this run, ``experiments/<model>/<data set>`` by default."""
         return self._run_dir(self.model_code)
 
+    @property
+    def excludes_history(self) -> bool:
+        """Whether candidates exclude the items of the user's history."""
+        return self.mask_history != "never"
+
 
 @dataclass(frozen=True)
 class LanguageModelConfig(CommonConfig):
@@ -387,6 +396,11 @@ class RankerConfig(LanguageModelConfig):
             raise UserError(
                 "--llm_input_template needs {} twice, for the history and the candidates"
             )
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether titles are scored relative to the retriever's probabilities."""
+        return self.verbalizer == "titles" and self.retriever_prior
 
     @property
     def retrieved_dir(self) -> Path:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from cli import Parser, run_main
-from config import RankerConfig, RetrieverConfig
+from config import DATA_FLAGS, RankerConfig, RetrieverConfig
 from datasets import SequenceDataset
 from errors import UserError, advice
 from flags import reread
@@ -33,10 +33,6 @@ from trainer.run_folder import CONFIG, RunFolder
 if TYPE_CHECKING:  # it imports torch
     from recipes.recommend import Recommender
 
-DATA_FLAGS = (
-    "dataset_code", "data_root", "cache_root", "interactions", "items",
-    "min_rating", "min_uc", "min_sc",
-)  # fmt: skip
 SHOWN_HISTORY = 10
 SEPARATOR = ";"
 
@@ -92,13 +88,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = read_settings(Path(flags.run))
     with redirect_stdout(sys.stderr):
         data = load_data(data_config(flags, settings))
+        check_k(flags, settings, data)
         query = first_query(flags, data)
         people = People(Path(flags.input), data) if flags.input else None
         # torch takes seconds to import, so this comes after all checks.
         from recipes.recommend import Recommender
 
         recommender = Recommender(Path(flags.run), data, flags.device, flags.llm_base_model)
-    check_k(flags, recommender)
     if people:
         fill_table(recommender, people, flags)
     elif query:
@@ -176,15 +172,17 @@ def data_config(
     return config(**known | given)
 
 
-def check_k(flags: argparse.Namespace, recommender: Recommender) -> None:
+def check_k(flags: argparse.Namespace, settings: dict[str, Any], data: SequenceDataset) -> None:
     """Refuse to show more items than there are.
 
     Raises:
         UserError: there are fewer.
     """
-    most = recommender.num_candidates if recommender.ranker else recommender.data.num_items
+    most, what = data.num_items, "items are in the catalogue"
+    if "verbalizer" in settings:
+        with reading(Path(flags.run, CONFIG)):
+            most, what = int(settings["retriever"]["num_candidates"]), "candidates are ranked"
     if flags.k > most:
-        what = "candidates are ranked" if recommender.ranker else "items are in the catalogue"
         raise UserError(f"--k {flags.k}: {most} {what}")
 
 

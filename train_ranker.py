@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cli import parse, run_main
-from config import RankerConfig, ranker_preset
+from config import DATA_FLAGS, RankerConfig, ranker_preset
 from dataloader.candidates import CANDIDATES_FILE, Candidates, load_candidates
 from datasets import SequenceDataset
 from datasets.base import Filters
@@ -33,10 +33,6 @@ OUTPUTS = (
     "fused_metrics.json",
     "fusion.json",
 )
-INHERITED_FLAGS = (
-    "dataset_code", "data_root", "cache_root", "interactions", "items",
-    "min_rating", "min_uc", "min_sc",
-)  # fmt: skip
 RETRIEVER_WEIGHTS = "model.safetensors"
 RETRAIN = "run train_retriever.py again"
 
@@ -88,7 +84,7 @@ def retriever_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     settings = read_json(path)
     with advice(RETRAIN), reading(path):
         settings = reread(
-            RankerConfig, {name: settings[name] for name in INHERITED_FLAGS if name in settings}
+            RankerConfig, {name: settings[name] for name in DATA_FLAGS if name in settings}
         )
     for name in ("dataset_code", *Filters._fields):
         if name in given and given[name] != settings.get(name, given[name]):
@@ -121,7 +117,7 @@ def check_retriever(config: RankerConfig) -> None:
     Raises:
         UserError: a file is missing.
     """
-    if config.verbalizer != "titles" or not config.retriever_prior:
+    if not config.is_guided:
         return
     for name in (CONFIG, LOG, RETRIEVER_WEIGHTS):
         if not (config.retrieved_dir / name).exists():

@@ -85,7 +85,7 @@ def fingerprint_inputs(config: RetrieverConfig, augmented: Interactions | None) 
 def note_repeated_targets(config: RetrieverConfig, data: SequenceDataset) -> None:
     """Point out targets that cannot be recommended, as they are in the user's history."""
     repeated = data.num_repeated_targets()
-    if repeated and config.mask_history != "never":
+    if repeated and config.excludes_history:
         print(
             f"note: {repeated:,} of {data.num_users:,} test targets are also in the user's "
             "history, which is excluded from ranking: --mask_history never includes it",

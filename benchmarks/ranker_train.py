@@ -65,7 +65,6 @@ from dataloader.prompt_batches import IGNORE_INDEX, TrainingPrompts, pad_left
 from dataloader.retriever_prior import ItemScores, RetrieverPrior
 from dataloader.title_batches import pad_right
 from dataloader.title_prompt import HEADING, TitlePrompts
-from dataloader.title_trie import TitleTrie
 from datasets import SequenceDataset
 from model.guided_titles import add_prior_weights, guided_loss
 from model.language_model import (
@@ -243,12 +242,10 @@ class Titles(Training):
             max_title_len=config.llm_max_title_len,
             max_text_len=config.llm_max_text_len,
         )
-        trie = TitleTrie(prompts.lines)
-        self.tokens = torch.from_numpy(trie.tokens).to(self.device)
+        self.tokens = torch.from_numpy(prompts.trie.tokens).to(self.device)
         self.examples = GuidedDocuments(
             data,
             prompts,
-            trie=trie,
             max_rows=work.batch_size,
             max_tokens=work.setup.max_tokens,
             pad_id=self.eos_id,

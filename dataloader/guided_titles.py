@@ -68,7 +68,6 @@ class GuidedDocuments(TitleDocuments):
     Args:
         data: the data set.
         prompts: tokenizes the titles.
-        trie: their prefix tree.
         limits: further arguments of ``TitleDocuments``.
 
     Attributes:
@@ -78,11 +77,9 @@ class GuidedDocuments(TitleDocuments):
 
     prior: RetrieverPrior
 
-    def __init__(
-        self, data: SequenceDataset, prompts: TitlePrompts, *, trie: TitleTrie, **limits: Any
-    ) -> None:
+    def __init__(self, data: SequenceDataset, prompts: TitlePrompts, **limits: Any) -> None:
         super().__init__(data, prompts, **limits)
-        self.offsets, self.trie = data.offsets, trie
+        self.offsets, self.trie = data.offsets, prompts.trie
         self.first_targets = np.maximum(self.first_targets, self.offsets[self.users] + 1)
         kept = self.first_targets < self.ends
         self.users, self.first_targets = self.users[kept], self.first_targets[kept]
@@ -110,23 +107,23 @@ class GuidedDocuments(TitleDocuments):
         histories = [self.item_ids[start:target] for start, target in zip(starts, targets)]
         probabilities = self.prior.probabilities(targets, histories, items)
         cumulative = self.trie.cumulative(probabilities)
-        width = input_ids.shape[1]
-        begins = [row * width + self._line_begins(index) for row, index in enumerate(indices)]
+        # Each target's line begins behind its document's context and the targets before it.
+        sizes = np.array([len(self.prompts.lines[item]) for item in items])
+        before = np.cumsum(sizes) - sizes
+        first = np.cumsum(counts) - counts  # each document's first target
+        contexts = [
+            row * input_ids.shape[1] + context for row, (_, context) in enumerate(documents)
+        ]
+        begins = before + np.repeat(contexts - before[first], counts)
         branches, depths = zip(*(self.trie.path(item) for item in items))
         lengths = [len(path) for path in branches]
         return fork_options(
             self.trie,
             cumulative,
             rows=np.repeat(np.arange(len(items)), lengths),
-            sources=np.repeat(np.concatenate(begins), lengths) + np.concatenate(depths) - 1,
+            sources=np.repeat(begins, lengths) + np.concatenate(depths) - 1,
             branches=np.concatenate(branches),
         ) | {"num_titles": np.array(len(items))}
-
-    def _line_begins(self, index: int) -> np.ndarray:
-        """Index of the first token of each target in a document."""
-        items = self.item_ids[self.starts[index] : self.ends[index]]
-        ends = len(self.prompts.heading) + np.cumsum([len(self.prompts.lines[i]) for i in items])
-        return ends[self.first_targets[index] - self.starts[index] - 1 : -1]
 
 
 class GuidedCandidates(CandidateTitles):
@@ -136,13 +133,12 @@ class GuidedCandidates(CandidateTitles):
 
     Args:
         args, options: arguments of ``CandidateTitles``.
-        trie: the titles.
         prior: the retriever's probabilities after each user's history, by user.
     """
 
-    def __init__(self, *args: Any, trie: TitleTrie, prior: RetrieverPrior, **options: Any) -> None:
+    def __init__(self, *args: Any, prior: RetrieverPrior, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.trie, self.prior = trie, prior
+        self.trie, self.prior = self.prompts.trie, prior
 
     def __getitems__(self, indices: list[int]) -> Batch:
         """Build a batch.

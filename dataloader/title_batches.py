@@ -116,8 +116,8 @@ class TitleDocuments(Dataset):
 
     def num_targets(self, index: int) -> int:
         """Number of targets of a document."""
-        ids, first = self.document(index)
-        return len(ids) - first
+        items = self.item_ids[self.first_targets[index] : self.ends[index]]
+        return sum(len(self.prompts.lines[item]) for item in items)
 
     def targets(
         self,

@@ -54,7 +54,9 @@ def _forward(module: Any, x: Tensor) -> Tensor:
 
 def speed_up_norms(model: PreTrainedModel) -> None:
     """Use ``FrozenRMSNorm`` in the norms of a Llama on the CPU, wherever weights are frozen."""
+    if model.device.type != "cpu":
+        return
     module: nn.Module
     for module in model.modules():
-        if type(module).__name__ == "LlamaRMSNorm" and model.device.type == "cpu":
+        if type(module).__name__ == "LlamaRMSNorm":
             module.forward = partial(_forward, module)

@@ -42,10 +42,8 @@ def log_softmax_by_group(scores: Tensor, groups: Tensor, num_groups: int) -> Ten
     return shifted - sums.log().gather(0, groups)
 
 
-def chosen_log_probabilities(
-    model: nn.Module, batch: dict[str, Any], tokens: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Compute log q and log p of the chosen options.
+def chosen_log_probabilities(model: nn.Module, batch: dict[str, Any], tokens: Tensor) -> Tensor:
+    """Compute log q of the chosen options.
 
     Args:
         model: causal language model with ``prior_weights``.
@@ -53,18 +51,17 @@ def chosen_log_probabilities(
         tokens: (U,) token ids of ``TitleTrie.tokens``.
 
     Returns:
-        (T,) float32 log q, and (T,) log p of the retriever alone.
+        (T,) float32.
     """
     hidden = hidden_states(model, batch).index_select(0, batch["fork_sources"])  # (M, D)
     head = base_causal_lm(model).get_output_embeddings()
     bias = None if head.bias is None else head.bias[tokens].float()
     logits = nn.functional.linear(hidden.float(), head.weight[tokens].float(), bias)  # (M, U)
-    forks, priors = batch["option_forks"], batch["option_priors"]
+    forks = batch["option_forks"]
     options = logits.flatten().gather(0, forks * len(tokens) + batch["option_tokens"])
     weights: Any = model.prior_weights
-    scores = weights[0] * options + weights[1] * priors
-    log_q, log_p = (log_softmax_by_group(x, forks, len(hidden)) for x in (scores, priors))
-    return log_q.gather(0, batch["chosen"]), log_p.gather(0, batch["chosen"])
+    scores = weights[0] * options + weights[1] * batch["option_priors"]
+    return log_softmax_by_group(scores, forks, len(hidden)).gather(0, batch["chosen"])
 
 
 def guided_loss(model: nn.Module, batch: dict[str, Any], tokens: Tensor) -> Tensor:
@@ -80,7 +77,10 @@ def guided_loss(model: nn.Module, batch: dict[str, Any], tokens: Tensor) -> Tens
     Returns:
         A scalar, in nats per title.
     """
-    log_q, log_p = chosen_log_probabilities(model, batch, tokens)
+    log_q = chosen_log_probabilities(model, batch, tokens)
+    num_forks = len(batch["fork_sources"])
+    log_p = log_softmax_by_group(batch["option_priors"], batch["option_forks"], num_forks)
+    log_p = log_p.gather(0, batch["chosen"])
     return (log_p - log_q).sum() / batch["num_titles"]
 
 
@@ -95,6 +95,6 @@ def guided_scores(model: nn.Module, batch: dict[str, Any], tokens: Tensor) -> Te
     Returns:
         (B, C) float32.
     """
-    log_q, _ = chosen_log_probabilities(model, batch, tokens)
+    log_q = chosen_log_probabilities(model, batch, tokens)
     shares: Tensor = batch["title_log_shares"]
     return shares.flatten().index_add(0, batch["chosen_owners"], log_q).view_as(shares)

@@ -191,9 +191,11 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     weights = folder / "adapter_model.safetensors"
     with reading(weights):
         set_peft_model_state_dict(model, load_file(weights, device=str(model.device)))
-    with reading(folder / OWN), torch.no_grad():
-        for name, parameter in model.named_parameters(recurse=False):
-            parameter.copy_(load_file(folder / OWN)[name])
+    if own := dict(model.named_parameters(recurse=False)):
+        with reading(folder / OWN), torch.no_grad():
+            values = load_file(folder / OWN)
+            for name, parameter in own.items():
+                parameter.copy_(values[name])
 
 
 def needs_checkpointing(model: PeftModel, max_tokens: int) -> bool:

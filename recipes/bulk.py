@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -58,7 +58,7 @@ class People:
         self.path, self.data = path, data
         self.num_skipped, self.first_skipped = 0, ""
         with reading(path):
-            columns = set(next(iter(self._batches()), pa.record_batch({})).schema.names)
+            columns, _ = self._open()
         wanted = ("user", "item", "timestamp") if "item" in columns else ("user",)
         missing = [name for name in wanted if name not in columns]
         if missing:
@@ -68,20 +68,15 @@ class People:
             )
         self.has_interactions = "item" in columns
 
-    def _batches(self) -> Iterator[pa.RecordBatch]:
+    def _open(self) -> tuple[list[str], Iterable[pa.RecordBatch]]:
+        """Names of the columns, and the rows in batches."""
         if self.path.suffix == ".parquet":
-            yield from pq.ParquetFile(self.path).iter_batches(ROWS)
-            return
-        delimiter = "\t" if self.path.suffix == ".tsv" else ","
-        names = pa.csv.open_csv(
-            self.path, parse_options=pa.csv.ParseOptions(delimiter=delimiter)
-        ).schema.names
+            file = pq.ParquetFile(self.path)
+            return file.schema_arrow.names, file.iter_batches(ROWS)
+        options = pa.csv.ParseOptions(delimiter="\t" if self.path.suffix == ".tsv" else ",")
+        names = pa.csv.open_csv(self.path, parse_options=options).schema.names
         text = pa.csv.ConvertOptions(column_types={name: pa.string() for name in names})
-        yield from pa.csv.open_csv(
-            self.path,
-            parse_options=pa.csv.ParseOptions(delimiter=delimiter),
-            convert_options=text,
-        )
+        return names, pa.csv.open_csv(self.path, parse_options=options, convert_options=text)
 
     def __iter__(self) -> Iterator[Person]:
         self.num_skipped = 0
@@ -93,15 +88,18 @@ class People:
             self.first_skipped = self.first_skipped if self.num_skipped else person.name
             self.num_skipped += 1
 
-    def _column(self, name: str) -> Iterator[str]:
+    def _rows(self, *names: str) -> Iterator[tuple[str, ...]]:
+        """Some columns of all rows, as text."""
         with reading(self.path):
-            for batch in self._batches():
-                yield from batch.column(name).cast(pa.string()).to_pylist()
+            for batch in self._open()[1]:
+                yield from zip(
+                    *(batch.column(name).cast(pa.string()).to_pylist() for name in names)
+                )
 
     def _users(self) -> Iterator[Person]:
         index_of = {name: index for index, name in enumerate(self.data.user_names)}
         offsets, nobody = self.data.offsets, np.empty(0, np.int32)
-        for name in self._column("user"):
+        for (name,) in self._rows("user"):
             user = index_of.get(name)
             if user is None:
                 yield Person(name, nobody)
@@ -110,8 +108,8 @@ class People:
 
     def _interactions(self) -> Iterator[Person]:
         index_of = {name: index for index, name in enumerate(self.data.item_names)}
-        columns = zip(*(self._column(name) for name in ("user", "item", "timestamp")))
-        for name, rows in groupby(columns, key=lambda row: row[0]):
+        all_rows = self._rows("user", "item", "timestamp")
+        for name, rows in groupby(all_rows, key=lambda row: row[0]):
             known = [
                 (self._time(time), index_of[item]) for _, item, time in rows if item in index_of
             ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from accelerate import Accelerator
 from peft import PeftModel
 
 from config import LOG_LIKELIHOOD, RankerConfig
@@ -107,9 +108,7 @@ def set_up(
     sampler = ShuffledBatches(verbalizer.num_examples, config.train_batch_size, config.seed)
     seen = sampler.first_examples(settings.total_steps(len(sampler)))
     examples = verbalizer.training_examples(seen)
-    model = load_with_adapters(language_model, config, accelerator)
-    if verbalizer.weighs_prior:
-        add_prior_weights(model)
+    model = load_model(language_model, config, accelerator)
     evaluator = Evaluator(config, model, run.path / ADAPTER, candidates, verbalizer)
     resolved = {
         "gradient_checkpointing": model.is_gradient_checkpointing,
@@ -132,6 +131,16 @@ def set_up(
         user_names=data.user_names,
     )
     return trainer, evaluator
+
+
+def load_model(
+    language_model: LanguageModel, config: RankerConfig, accelerator: Accelerator
+) -> PeftModel:
+    """Load the frozen model and add everything that is trained."""
+    model = load_with_adapters(language_model, config, accelerator)
+    if config.is_guided:
+        add_prior_weights(model)
+    return model
 
 
 def ranker_loop(config: RankerConfig, language_model: LanguageModel) -> LoopSettings:

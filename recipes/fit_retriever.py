@@ -228,7 +228,7 @@ class Evaluator:
 
     def candidates(self, split: str) -> Candidates:
         """Candidates of a split, for the ranker."""
-        return self._rank(split, self.config.mask_history != "never", f"candidates, {split}")
+        return self._rank(split, self.config.excludes_history, f"candidates, {split}")
 
 
 class Results(NamedTuple):

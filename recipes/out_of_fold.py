@@ -68,7 +68,9 @@ def training_prior(
             subset: Dataset = Subset(examples, prefixes[own].tolist())
             encodings[own] = encode(retriever, subset, config.num_workers)
         layers.append(output_layer(retriever))
-    return RetrieverPrior(interactions, encodings, layers, layer_of, mask_history=masks(settings))
+    return RetrieverPrior(
+        interactions, encodings, layers, layer_of, mask_history=settings.excludes_history
+    )
 
 
 def evaluation_prior(
@@ -89,7 +91,9 @@ def evaluation_prior(
     encodings = encode(retriever, histories, config.num_workers)
     users = np.arange(data.num_users)
     layers, layer_of = [output_layer(retriever)], np.zeros_like(users)
-    return RetrieverPrior(users, encodings, layers, layer_of, mask_history=masks(settings))
+    return RetrieverPrior(
+        users, encodings, layers, layer_of, mask_history=settings.excludes_history
+    )
 
 
 def retriever_config(config: RankerConfig) -> RetrieverConfig:
@@ -105,11 +109,6 @@ def retriever_config(config: RankerConfig) -> RetrieverConfig:
         known = reread(RetrieverConfig, {name: settings[name] for name in names})
     here = {name: getattr(config, name) for name in INHERITED}
     return RetrieverConfig(**known | here | {"search": False, "augmented": None})
-
-
-def masks(settings: RetrieverConfig) -> bool:
-    """Whether the retriever's candidates exclude the items of the history."""
-    return settings.mask_history != "never"
 
 
 def user_folds(num_users: int, folds: int, seed: int) -> np.ndarray:

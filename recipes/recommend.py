@@ -16,7 +16,6 @@ import numpy as np
 from dataloader.sampler import evaluation_loader
 from dataloader.sequences import Histories
 from datasets import SequenceDataset
-from errors import advice
 from evaluation.retrieval import retrieve
 from model.registry import load_retriever
 from storage import read_json, reading
@@ -26,7 +25,7 @@ if TYPE_CHECKING:  # it imports transformers and peft, which a retriever does no
     from recipes.second_stage import Ranker
 
 BATCH_SIZE = 64
-PLACEHOLDER = 1  # an item in the place of the unknown next one; nothing depends on it
+ANY_ITEM = 1  # stands for the unknown next item; nothing depends on it
 
 
 class Recommendations(NamedTuple):
@@ -46,7 +45,7 @@ class Recommendations(NamedTuple):
 def with_histories(data: SequenceDataset, histories: Sequence[np.ndarray]) -> SequenceDataset:
     """A data set whose users' histories before the test target are ``histories``."""
     lengths = [len(history) + 1 for history in histories]
-    parts = [np.append(history, PLACEHOLDER).astype(np.int32) for history in histories]
+    parts = [np.append(history, ANY_ITEM).astype(np.int32) for history in histories]
     return replace(
         data,
         item_ids=np.concatenate(parts),
@@ -74,11 +73,9 @@ class Recommender:
         self.data = data
         settings = read_json(run_dir / CONFIG)
         self.ranker: Ranker | None = None
-        retriever_dir = run_dir
-        if "verbalizer" in settings:
-            retriever_dir = Path(settings["retrieved_from"])
-        with advice("run train_retriever.py again"), reading(retriever_dir / CONFIG):
-            retriever = read_json(retriever_dir / CONFIG)
+        retriever_dir = Path(settings.get("retrieved_from", run_dir))
+        with reading(run_dir / CONFIG):
+            retriever = settings.get("retriever", settings)  # as it was for a ranker
             self.mask_history = retriever["mask_history"] != "never"
             self.num_candidates = int(retriever["num_candidates"])
         self.retriever = load_retriever(retriever_dir, data.num_items)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peft import PeftModel
 
 from config import RankerConfig
 from dataloader.candidates import Candidates
@@ -16,12 +15,10 @@ from errors import advice
 from evaluation.fusion import RETRIEVER, Fusion
 from evaluation.reranking import retriever_log_probabilities
 from flags import flags_of, reread
-from model.guided_titles import add_prior_weights
 from model.language_model import load_adapter
-from recipes.fit_ranker import ADAPTER, FUSION
+from recipes.fit_ranker import ADAPTER, FUSION, load_model
 from recipes.language_model import LanguageModel, find_language_model
 from recipes.prompts import build_prompts
-from recipes.tuning import load_with_adapters
 from recipes.verbalizers import build_verbalizer
 from storage import read_json, reading
 from trainer.optimization import make_accelerator
@@ -69,9 +66,7 @@ class Ranker:
         self.prompts = build_prompts(self.config, data, size, self.language_model)
         accelerator = make_accelerator(device, self.config.seed)
         self.device = accelerator.device
-        self.model: PeftModel = load_with_adapters(self.language_model, self.config, accelerator)
-        if self.config.verbalizer == "titles" and self.config.retriever_prior:
-            add_prior_weights(self.model)
+        self.model = load_model(self.language_model, self.config, accelerator)
         with advice("run train_ranker.py again"):
             load_adapter(self.model, run_dir / ADAPTER)
         with reading(run_dir / FUSION):

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from config import RankerConfig
 from dataloader.candidates import Candidates
@@ -64,12 +64,7 @@ class Verbalizer(ABC):
         candidates: the retriever's candidates by split.
         language_model: the base model.
         device: device of the model.
-
-    Attributes:
-        weighs_prior: whether the loss needs ``model.guided_titles.add_prior_weights``.
     """
-
-    weighs_prior = False
 
     def __init__(
         self,
@@ -216,16 +211,26 @@ class Letters(Verbalizer):
         return {"letter_logit": scores}
 
 
-class Titles(Verbalizer):
-    """The likelihood of the candidates' titles; ``prompts`` tokenizes them."""
+class _Titles(Verbalizer):
+    """What both verbalizers with titles share: documents to train on, branches to score.
+
+    Args:
+        args: as of ``Verbalizer``.
+        prompts: tokenizes the titles.
+    """
+
+    documents_class: type[TitleDocuments]
 
     def __init__(self, *args: Any, prompts: TitlePrompts) -> None:
         super().__init__(*args)
         self.prompts = prompts
-        self._without_history: np.ndarray | None = None  # (V + 1,) of the best adapter
-        self.documents = TitleDocuments(
+
+    @cached_property
+    def documents(self) -> Any:
+        """Users' training sequences."""
+        return self.documents_class(
             self.data,
-            prompts,
+            self.prompts,
             max_rows=self.config.lora_micro_batch_size or self.config.train_batch_size,
             max_tokens=self.language_model.max_tokens,
             pad_id=self.language_model.eos_id,
@@ -236,9 +241,21 @@ class Titles(Verbalizer):
         """Documents."""
         return len(self.documents)
 
+    def loader(self, titles: Dataset, split: str) -> DataLoader:
+        """Batches of candidates in a split."""
+        return evaluation_loader(titles, self.batch_size(split), self.config.num_workers)
+
+
+class Titles(_Titles):
+    """The likelihood of the candidates' titles."""
+
+    documents_class = TitleDocuments
+    _without_history: np.ndarray | None = None  # (V + 1,) of the best adapter
+
     def training_examples(self, seen: np.ndarray) -> TitleDocuments:
         """Users' training sequences as documents."""
-        return self.documents
+        documents: TitleDocuments = self.documents
+        return documents
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Cross-entropy of the titles' tokens."""
@@ -256,8 +273,7 @@ class Titles(Verbalizer):
             users=users,
             pad_id=self.language_model.eos_id,
         )
-        loader = evaluation_loader(titles, self.batch_size(split), self.config.num_workers)
-        return score_titles(model, loader, title_scores, description)
+        return score_titles(model, self.loader(titles, split), title_scores, description)
 
     def features(
         self, model: nn.Module, split: str, users: np.ndarray, scores: np.ndarray
@@ -276,35 +292,22 @@ class Titles(Verbalizer):
         }
 
 
-class GuidedTitles(Verbalizer):
-    """Titles chosen by language model and retriever together; ``prompts`` tokenizes them."""
+class GuidedTitles(_Titles):
+    """Titles chosen by language model and retriever together."""
 
-    weighs_prior = True
+    documents_class = GuidedDocuments
 
     def __init__(self, *args: Any, prompts: TitlePrompts) -> None:
-        super().__init__(*args)
-        self.prompts, self.trie = prompts, prompts.trie
-        self.tokens = torch.from_numpy(self.trie.tokens).to(self.device)
+        super().__init__(*args, prompts=prompts)
+        self.tokens = torch.from_numpy(prompts.trie.tokens).to(self.device)
         self._priors: dict[str, RetrieverPrior] = {}  # by split
-        self.documents = GuidedDocuments(
-            self.data,
-            prompts,
-            trie=self.trie,
-            max_rows=self.config.lora_micro_batch_size or self.config.train_batch_size,
-            max_tokens=self.language_model.max_tokens,
-            pad_id=self.language_model.eos_id,
-        )
-
-    @property
-    def num_examples(self) -> int:
-        """Documents."""
-        return len(self.documents)
 
     def training_examples(self, seen: np.ndarray) -> GuidedDocuments:
         """Users' training sequences, with probabilities of retrievers that have not seen them."""
-        interactions = self.documents.interactions(seen)
-        self.documents.prior = training_prior(self.config, self.data, interactions, self.device)
-        return self.documents
+        documents: GuidedDocuments = self.documents
+        interactions = documents.interactions(seen)
+        documents.prior = training_prior(self.config, self.data, interactions, self.device)
+        return documents
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Log-loss of the titles, less the retriever's."""
@@ -323,11 +326,10 @@ class GuidedTitles(Verbalizer):
             self.prompts,
             users=users,
             pad_id=self.language_model.eos_id,
-            trie=self.trie,
             prior=self._priors[split],
         )
-        loader = evaluation_loader(titles, self.batch_size(split), self.config.num_workers)
-        return score_titles(model, loader, partial(guided_scores, tokens=self.tokens), description)
+        score = partial(guided_scores, tokens=self.tokens)
+        return score_titles(model, self.loader(titles, split), score, description)
 
     def features(
         self, model: nn.Module, split: str, users: np.ndarray, scores: np.ndarray
@@ -351,7 +353,7 @@ def build_verbalizer(
 ) -> Verbalizer:
     """Build the verbalizer of the prompts; see ``Verbalizer`` for the other arguments."""
     common = (config, data, candidates, language_model, device)
-    if isinstance(prompts, TitlePrompts) and config.retriever_prior:
+    if isinstance(prompts, TitlePrompts) and config.is_guided:
         return GuidedTitles(*common, prompts=prompts)
     if isinstance(prompts, TitlePrompts):
         return Titles(*common, prompts=prompts)

@@ -347,9 +347,7 @@ def guided_title_results(folder: Path) -> Results:
     save_llama(folder)
     data = make_data()
     prompts = TitlePrompts(make_tokenizer(), data.titles, max_history=5, max_text_len=500)
-    documents = GuidedDocuments(
-        data, prompts, trie=prompts.trie, max_rows=3, max_tokens=300, pad_id=EOS
-    )
+    documents = GuidedDocuments(data, prompts, max_rows=3, max_tokens=300, pad_id=EOS)
     rng = np.random.default_rng(0)
 
     def prior(keys: np.ndarray) -> RetrieverPrior:
@@ -364,7 +362,7 @@ def guided_title_results(folder: Path) -> Results:
     unused = np.empty(0)
     candidates = GuidedCandidates(
         data, "test", Candidates(items, unused, unused, unused), prompts,
-        users=np.arange(0, data.num_users, 3), pad_id=EOS, trie=prompts.trie,
+        users=np.arange(0, data.num_users, 3), pad_id=EOS,
         prior=prior(np.arange(data.num_users)),
     )  # fmt: skip
     model = load_causal_lm(folder, device=torch.device("cpu"), in_4bit=False).float()

@@ -90,7 +90,7 @@ def score(
     candidates = Candidates(items, NO_SCORES, NO_SCORES, NO_SCORES)
     prior = make_prior(np.arange(data.num_users), data.num_items)
     examples = GuidedCandidates(
-        data, "test", candidates, prompts, users=users, pad_id=1, trie=trie, prior=prior
+        data, "test", candidates, prompts, users=users, pad_id=1, prior=prior
     )
     batch = examples.__getitems__(list(range(len(users))))
     scores = guided_scores(model, batch, torch.from_numpy(trie.tokens))
@@ -155,7 +155,7 @@ def test_order_of_the_candidates_changes_no_bit(
 def test_streamed_targets_equal_separate_texts(
     model: nn.Module, toy_data: SequenceDataset, prompts: TitlePrompts, trie: TitleTrie
 ):
-    documents = GuidedDocuments(toy_data, prompts, trie=trie, max_rows=4, max_tokens=300, pad_id=1)
+    documents = GuidedDocuments(toy_data, prompts, max_rows=4, max_tokens=300, pad_id=1)
     prior = make_prior(documents.interactions(np.arange(len(documents))), toy_data.num_items)
     documents.prior = prior
     numbers = [0, 9, 25]
@@ -185,7 +185,7 @@ def test_streamed_targets_equal_separate_texts(
 def test_every_training_item_but_the_first_is_a_target_once(
     toy_data: SequenceDataset, prompts: TitlePrompts, trie: TitleTrie
 ):
-    documents = GuidedDocuments(toy_data, prompts, trie=trie, max_rows=4, max_tokens=300, pad_id=1)
+    documents = GuidedDocuments(toy_data, prompts, max_rows=4, max_tokens=300, pad_id=1)
     found = documents.interactions(np.arange(len(documents)))
     assert found.tolist() == toy_data.training_prefixes()[1].tolist()
     assert all(documents.num_targets(index) > 0 for index in range(len(documents)))
