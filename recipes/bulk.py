@@ -107,7 +107,8 @@ class People:
                 yield Person(name, self.data.item_ids[offsets[user] : offsets[user + 1]])
 
     def _interactions(self) -> Iterator[Person]:
-        index_of = {name: index for index, name in enumerate(self.data.item_names)}
+        # Item 0 is no item, and its name is empty.
+        index_of = {name: index for index, name in enumerate(self.data.item_names) if index}
         all_rows = self._rows("user", "item", "timestamp")
         for name, rows in groupby(all_rows, key=lambda row: row[0]):
             known = [

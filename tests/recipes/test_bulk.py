@@ -83,6 +83,28 @@ def test_interactions_of_new_users(
     assert new["item"].tolist() == known["item"].tolist()
 
 
+def test_an_empty_item_is_unknown(toy_data: SequenceDataset, tmp_path: Path):
+    path = tmp_path / "log.csv"
+    known = toy_data.item_names[7]
+    path.write_text(f"user,item,timestamp\nann,,1\nann,{known},2\nbob,,3\n")
+    people = People(path, toy_data)
+    assert [(person.name, person.history.tolist()) for person in people] == [("ann", [7])]
+    assert people.num_skipped == 1 and people.first_skipped == "bob"
+
+
+@pytest.mark.parametrize("name", ["nobody.csv", "nobody.parquet"])
+def test_nobody(retrieved: Path, tmp_path: Path, name: str):
+    path = tmp_path / name
+    empty = pd.DataFrame({"user": pd.Series([], dtype=str)})
+    empty.to_csv(path, index=False) if name.endswith("csv") else empty.to_parquet(path)
+    recommend.main(
+        ["--run", str(retrieved), "--input", str(path), "--output", str(tmp_path / "out"),
+         "--device", "cpu"]
+    )  # fmt: skip
+    record = read_json(tmp_path / "out" / "recommendations.json")
+    assert record["finished"] and record["users"] == record["parts"] == 0
+
+
 def test_an_interrupted_table_is_continued(
     retrieved: Path, users: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
