@@ -14,6 +14,20 @@ from typing import Any
 from errors import ArgumentError, UserError
 
 DEFERRED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Settings that accelerate would take from the environment, with values that change nothing. They
+# are not part of a run's settings, and most need more than one device.
+ACCELERATE_SETTINGS = {
+    "ACCELERATE_MIXED_PRECISION": "no",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+    "ACCELERATE_DYNAMO_BACKEND": "no",
+    "ACCELERATE_TORCH_DEVICE": "",
+    "ACCELERATE_USE_CPU": "false",
+    "ACCELERATE_USE_DEEPSPEED": "false",
+    "ACCELERATE_USE_FSDP": "false",
+    "ACCELERATE_USE_MEGATRON_LM": "false",
+    "ACCELERATE_USE_SAGEMAKER": "false",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "false",
+}
 
 
 class Terminated(KeyboardInterrupt):
@@ -72,8 +86,16 @@ def check_device(device: str | None) -> None:
 
     Raises:
         ArgumentError: CUDA is requested and there is no driver.
-        UserError: a launcher started several processes for one run.
+        UserError: a launcher started several processes for one run, or the environment has settings
+            for accelerate.
     """
+    for name, unchanged in ACCELERATE_SETTINGS.items():
+        value = os.environ.get(name, unchanged)
+        if value.lower() != unchanged:
+            raise UserError(
+                f"{name}={value} in the environment would change what the run computes: unset it, "
+                "and start the script with python"
+            )
     if os.environ.get("WORLD_SIZE", "1") != "1":  # set by accelerate launch and torchrun
         raise UserError(
             "a run uses one process on one device: start it with python, without a launcher"

@@ -109,6 +109,14 @@ FLAGS = [
             "--device cuda: this machine has no CUDA driver; use cpu"),
     Mistake("no CUDA for the ranker", f"{RANK} --device cuda", "--device cuda: this machine has"),
     Mistake("several processes", RETRIEVE, "start it with python", env={"WORLD_SIZE": "2"}),
+    Mistake(
+        "mixed precision of accelerate", RETRIEVE, "ACCELERATE_MIXED_PRECISION=bf16 in the env",
+        env={"ACCELERATE_MIXED_PRECISION": "bf16"},
+    ),
+    Mistake(
+        "DeepSpeed", RANK, "ACCELERATE_USE_DEEPSPEED=true in the env",
+        env={"ACCELERATE_USE_DEEPSPEED": "true"},
+    ),
     Mistake("unknown metric", f"{RETRIEVE} --best_metric Accuracy@10",
             "--best_metric Accuracy@10: use Recall, MRR or NDCG with a cut-off, e.g. Recall@10"),
     Mistake("cut-off with a leading zero", f"{RETRIEVE} --best_metric NDCG@010",

@@ -9,6 +9,7 @@ import torch
 import process
 from errors import ArgumentError, UserError
 from process import (
+    ACCELERATE_SETTINGS,
     Terminated,
     check_device,
     deferred_signals,
@@ -89,6 +90,17 @@ def test_a_run_has_one_process(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="start it with python"):
         check_device("cpu")
+
+
+def test_settings_of_accelerate_in_the_environment(monkeypatch: pytest.MonkeyPatch):
+    for name, unchanged in ACCELERATE_SETTINGS.items():
+        monkeypatch.setenv(name, unchanged.upper())  # as its launcher sets some of them
+    check_device("cpu")
+    for name in ACCELERATE_SETTINGS:
+        with monkeypatch.context() as other:
+            other.setenv(name, "true")
+            with pytest.raises(UserError, match=f"{name}=true in the environment .*: unset it"):
+                check_device("cpu")
 
 
 def test_cuda_without_a_driver(monkeypatch: pytest.MonkeyPatch):
