@@ -11,23 +11,26 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
+import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from cli import Parser, run_main
-from config import DATA_FLAGS, RankerConfig, RetrieverConfig
+from config import CommonConfig
 from datasets import SequenceDataset
 from errors import UserError, advice
-from flags import reread
 from process import check_device
-from recipes.bulk import MANIFEST, People, recommend_to_all
+from recipes.bulk import MANIFEST, Engine, Job, in_this_process, recommend_to_all
 from recipes.lookup import find_items, find_user
-from recipes.runs import load_data, locked
-from storage import read_json, reading
+from recipes.people import People
+from recipes.runs import data_config, finished_settings, load_data, locked
+from storage import reading
 from trainer.run_folder import CONFIG, RunFolder
 
 if TYPE_CHECKING:  # it imports torch
@@ -71,7 +74,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--resume", action="store_true", help="continue an interrupted --output")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier --output")
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="write the files in this process, or on Ray (pip install -r requirements-ray.txt)",
+    )
+    parser.add_argument(
+        "--num_workers", type=int, help="processes of --engine ray (default: all cores or GPUs)"
+    )
     parser.add_argument("--k", type=int, default=10, help="number of items (default: 10)")
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="also show what the language model reads, and all candidates with their ranks before "
+        "and after",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="CUDA if available")
     parser.add_argument("--data_root", help="folder of raw data, unless that of the run")
@@ -85,19 +103,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(argv)
     check_flags(flags)
     check_device(flags.device)
-    settings = read_settings(Path(flags.run))
+    settings = finished_settings(Path(flags.run))
     with redirect_stdout(sys.stderr):
-        data = load_data(data_config(flags, settings))
-        check_k(flags, settings, data)
-        query = first_query(flags, data)
-        people = People(Path(flags.input), data) if flags.input else None
-        # torch takes seconds to import, so this comes after all checks.
-        from recipes.recommend import Recommender
+        config = data_config(Path(flags.run), settings, flags.data_root, flags.cache_root)
+        data = load_data(config)
+    check_k(flags, settings, data)
+    if flags.input:
+        fill_table(flags, config, data)
+        return
+    query = first_query(flags, data)
+    # torch takes seconds to import, so this comes after all checks.
+    from recipes.recommend import Recommender
 
+    with redirect_stdout(sys.stderr):
         recommender = Recommender(Path(flags.run), data, flags.device, flags.llm_base_model)
-    if people:
-        fill_table(recommender, people, flags)
-    elif query:
+    if query:
         answer(recommender, query, flags)
     else:
         converse(recommender, flags)
@@ -118,8 +138,14 @@ def check_flags(flags: argparse.Namespace) -> None:
         raise UserError("give a user with --user, titles with --history or a file with --input")
     if bool(flags.input) != bool(flags.output):
         raise UserError("--input and --output need each other")
+    if flags.num_workers is not None and flags.engine == "local":
+        raise UserError("--num_workers needs --engine ray")
+    if flags.num_workers is not None and flags.num_workers < 1:
+        raise UserError("--num_workers must be at least 1")
     if flags.output:
         check_output(flags)
+    elif flags.engine == "ray":
+        raise UserError("--engine ray needs --input and --output")
 
 
 def check_output(flags: argparse.Namespace) -> None:
@@ -140,36 +166,6 @@ def check_output(flags: argparse.Namespace) -> None:
             f"--output {output} holds recommendations: continue with --resume or replace them "
             "with --overwrite"
         )
-
-
-def read_settings(run_dir: Path) -> dict[str, Any]:
-    """Settings of a finished run.
-
-    Raises:
-        UserError: there is none.
-    """
-    if not (run_dir / CONFIG).exists():
-        raise UserError(f"--run {run_dir}: no {CONFIG} there; name the folder of a finished run")
-    settings: dict[str, Any] = read_json(run_dir / CONFIG)
-    last = "fusion.json" if "verbalizer" in settings else "test_metrics.json"
-    if not (run_dir / last).exists():
-        raise UserError(f"--run {run_dir}: the run is not finished; continue it with --resume")
-    return settings
-
-
-def data_config(
-    flags: argparse.Namespace, settings: dict[str, Any]
-) -> RetrieverConfig | RankerConfig:
-    """The data settings of a run, with the folders that the flags name."""
-    config = RankerConfig if "verbalizer" in settings else RetrieverConfig
-    with reading(Path(flags.run, CONFIG)):
-        known = reread(config, {name: settings[name] for name in DATA_FLAGS})
-    given = {
-        name: getattr(flags, name)
-        for name in ("data_root", "cache_root")
-        if getattr(flags, name) is not None
-    }
-    return config(**known | given)
 
 
 def check_k(flags: argparse.Namespace, settings: dict[str, Any], data: SequenceDataset) -> None:
@@ -231,19 +227,23 @@ def titles_query(data: SequenceDataset, titles: Sequence[str]) -> Query:
     return Query(None, np.array([match.item for match in matches]))
 
 
-def fill_table(recommender: Recommender, people: People, flags: argparse.Namespace) -> None:
+def fill_table(flags: argparse.Namespace, config: CommonConfig, data: SequenceDataset) -> None:
     """Write recommendations for all users of a file."""
-    output = Path(flags.output)
+    people, output = People(Path(flags.input), data), Path(flags.output)
+    job = Job(
+        run_dir=Path(flags.run),
+        data_config=config,
+        device=flags.device,
+        base_model=flags.llm_base_model,
+        source=people.path,
+        output=output,
+        k=flags.k,
+        part_users=flags.part_users,
+    )
+    start = time.monotonic()
     with locked(RunFolder(output, (), "")):
-        record = recommend_to_all(
-            recommender,
-            Path(flags.run),
-            people,
-            output,
-            k=flags.k,
-            part_users=flags.part_users,
-            resume=flags.resume and not flags.overwrite,
-        )
+        resume = flags.resume and not flags.overwrite
+        record = recommend_to_all(job, people, find_engine(flags), resume=resume)
     if people.num_skipped:
         what = "without a known item" if people.has_interactions else "not in the data set"
         print(
@@ -251,7 +251,26 @@ def fill_table(recommender: Recommender, people: People, flags: argparse.Namespa
             f"{people.first_skipped}",
             file=sys.stderr,
         )
-    print(f"{record['users']:,} users in {record['parts']:,} files, written to {output}")
+    seconds = time.monotonic() - start
+    print(
+        f"{record['users']:,} users in {record['parts']:,} files, written to {output} in "
+        f"{seconds:.0f} s"
+    )
+
+
+def find_engine(flags: argparse.Namespace) -> Engine:
+    """What writes the files.
+
+    Raises:
+        UserError: Ray is not installed.
+    """
+    if flags.engine == "local":
+        return in_this_process
+    if find_spec("ray") is None:
+        raise UserError("--engine ray needs Ray: pip install -r requirements-ray.txt")
+    from recipes.ray_engine import RayEngine
+
+    return RayEngine(flags.num_workers)
 
 
 def converse(recommender: Recommender, flags: argparse.Namespace) -> None:
@@ -280,7 +299,10 @@ def converse(recommender: Recommender, flags: argparse.Namespace) -> None:
 
 def answer(recommender: Recommender, query: Query, flags: argparse.Namespace) -> None:
     """Print recommendations, as a table or as JSON."""
-    found = recommender.recommend([query.history], flags.k)
+    ranker = recommender.ranker
+    explained = flags.explain and ranker is not None
+    size = recommender.num_candidates if explained else flags.k
+    found = recommender.recommend([query.history], size)
     data, rows = recommender.data, []
     for index, item in enumerate(found.items[0].tolist()):
         rows.append(
@@ -293,10 +315,17 @@ def answer(recommender: Recommender, query: Query, flags: argparse.Namespace) ->
             }
         )
     history = [data.titles[item] for item in query.history.tolist()]
+    record = {"user": query.user, "history": history, "recommendations": rows}
+    if explained and ranker is not None:
+        candidates = found.items[0][found.retrieved[0].argsort()]
+        record["prompt"] = ranker.text(query.history, candidates)
     if flags.json:
-        print(json.dumps({"user": query.user, "history": history, "recommendations": rows}))
-    else:
-        print(table(query.user, history, rows))
+        print(json.dumps(record))
+        return
+    if "prompt" in record:
+        print("The language model reads:")
+        print(textwrap.indent(str(record["prompt"]).rstrip(), "  | ", lambda line: True) + "\n")
+    print(table(query.user, history, rows))
 
 
 def table(user: str | None, history: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:

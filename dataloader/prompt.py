@@ -40,9 +40,9 @@ LETTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits
 ItemIds = Sequence[int] | np.ndarray
 RESPONSE_TOKENS = 2  # the letter and the end of the sequence
 
+SEPARATOR = " \n "
 _HEAD = "### Instruction:\n{instruction}\n\n### Input:\n"
 _TAIL = "\n\n### Response:\n"
-_JOIN = " \n"
 _ANCHOR = ")"  # precedes a piece while it is tokenized
 
 
@@ -76,6 +76,7 @@ class PromptBuilder:
             oldest items of the history are dropped.
 
     Attributes:
+        head, between, end: what precedes the history, the candidates, and the response.
         letters: letters of the candidates, in order.
         letter_ids: (num_candidates,) int64, their token ids.
         titles: titles as cut.
@@ -99,8 +100,8 @@ class PromptBuilder:
         self.tokenizer = tokenizer
         self.tokenizer.encode_special_tokens = True  # "</s>" in a title does not end the sequence
         self.max_text_len = max_text_len
-        self.before, self.between, self.after = input_template.split("{}")
-        self.head = _HEAD.format(instruction=instruction) + self.before
+        before, self.between, after = input_template.split("{}")
+        self.head, self.end = _HEAD.format(instruction=instruction) + before, after + _TAIL
         self.letters = LETTERS[:num_candidates]
         self.letter_ids = self._find_letter_ids(num_candidates)
         self.titles = ["", *self._cut(titles[1:], max_title_len)]
@@ -112,9 +113,9 @@ class PromptBuilder:
         begin = self.tokenizer.encode(f"{self.head}(1)").ids  # with the special tokens at the start
         titles = [f" {title}" for title in self.titles]
         last_in_history = [f"{title}{self.between}(A)" for title in titles]
-        last_candidate = [f"{title}{self.after}{_TAIL}" for title in titles]
-        numbers = [f"{_JOIN} ({n})" for n in range(1, self.max_text_len)]
-        letters = [f"{_JOIN} ({letter})" for letter in self.letters]
+        last_candidate = [f"{title}{self.end}" for title in titles]
+        numbers = [f"{SEPARATOR}({n})" for n in range(1, self.max_text_len)]
+        letters = [f"{SEPARATOR}({letter})" for letter in self.letters]
         self._begin = np.array(begin, dtype=np.int64)
         self._title_ids = encode_pieces(self.tokenizer, titles)
         self._last_in_history = encode_pieces(self.tokenizer, last_in_history)
@@ -187,12 +188,12 @@ class PromptBuilder:
 
         def listed(items: ItemIds, indices: Sequence[object]) -> str:
             lines = (f"({index}) {self.titles[item]}" for index, item in zip(indices, items))
-            return f"{_JOIN} ".join(lines)
+            return SEPARATOR.join(lines)
 
         numbers = range(1, len(history) + 1)
         return (
             f"{self.head}{listed(history, numbers)}{self.between}"
-            f"{listed(candidates, self.letters)}{self.after}{_TAIL}"
+            f"{listed(candidates, self.letters)}{self.end}"
         )
 
     def encode(self, history: ItemIds, candidates: ItemIds) -> np.ndarray:

@@ -64,7 +64,7 @@ class TitlePrompts:
         max_text_len: int = 1536,
     ) -> None:
         tokenizer.encode_special_tokens = True  # "</s>" in a title does not end the sequence
-        self.max_history = max_history
+        self.tokenizer, self.max_history = tokenizer, max_history
         self.heading = np.array(tokenizer.encode(HEADING + _BREAK).ids, dtype=np.int64)
         line_break = tokenizer.encode(_BREAK, add_special_tokens=False).ids
         texts = [f"{_BREAK}{title}{_BREAK}" for title in titles[1:]]
@@ -95,6 +95,13 @@ class TitlePrompts:
             (length,) int64.
         """
         return np.concatenate([self.heading, *(self.lines[item] for item in items)])
+
+    def text(self, items: Sequence[int] | np.ndarray) -> str:
+        """What the language model reads of a history, as text."""
+        text: str = self.tokenizer.decode(
+            self.encode_history(items).tolist(), skip_special_tokens=False
+        )
+        return text
 
     def encode_history(self, items: Sequence[int] | np.ndarray) -> np.ndarray:
         """Tokenize the most recent ``max_history`` of the items; see ``encode``."""

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from datasets import SequenceDataset
-from errors import InputError, UserError
+from config import CommonConfig
+from errors import UserError
+from recipes.people import People, Person
+from recipes.runs import load_data
 from storage import atomic_path, read_json, reading, write_json
 from trainer.fingerprint import fingerprint
 from trainer.run_folder import CONFIG
@@ -25,180 +25,81 @@ if TYPE_CHECKING:  # it imports torch
 
 MANIFEST = "recommendations.json"
 RUN_FILES = (CONFIG, "fusion.json", "test_metrics.json")  # what identifies the run
-ROWS = 65_536  # read at once
 
 
-class Person(NamedTuple):
-    """Somebody to recommend items to.
-
-    Attributes:
-        name: identifier.
-        history: (n,) items, oldest first.
-    """
-
-    name: str
-    history: np.ndarray
-
-
-class People:
-    """The users of a table, in its order; those without a known item are counted and left out.
-
-    A table with a column ``user`` lists users of the data set. One with ``user``, ``item`` and
-    ``timestamp`` has the interactions of anybody, all rows of a user next to each other.
-
-    Args:
-        path: CSV, TSV or Parquet file.
-        data: the data set.
+class Job(NamedTuple):
+    """A table to fill, in plain values that can be sent to another process.
 
     Attributes:
-        num_skipped, first_skipped: how many users were left out so far, and the first one.
+        run_dir: folder of the run.
+        data_config: selects its data set.
+        device: ``cpu``, ``cuda`` or None for CUDA if available.
+        base_model: overrides the run's language model.
+        source: the table of users.
+        output: the folder to write, which this process has reserved.
+        k: items per user.
+        part_users: users per file.
     """
 
-    def __init__(self, path: Path, data: SequenceDataset) -> None:
-        self.path, self.data = path, data
-        self.num_skipped, self.first_skipped = 0, ""
-        with reading(path):
-            columns, _ = self._open()
-        wanted = ("user", "item", "timestamp") if "item" in columns else ("user",)
-        missing = [name for name in wanted if name not in columns]
-        if missing:
-            raise InputError(
-                f"{path} lacks the column {missing[0]}: it needs user, for users of the data set, "
-                "or user, item and timestamp"
-            )
-        self.has_interactions = "item" in columns
+    run_dir: Path
+    data_config: CommonConfig
+    device: str | None
+    base_model: str | None
+    source: Path
+    output: Path
+    k: int
+    part_users: int
 
-    def _open(self) -> tuple[list[str], Iterable[pa.RecordBatch]]:
-        """Names of the columns, and the rows in batches."""
-        if self.path.suffix == ".parquet":
-            file = pq.ParquetFile(self.path)
-            return file.schema_arrow.names, file.iter_batches(ROWS)
-        options = pa.csv.ParseOptions(delimiter="\t" if self.path.suffix == ".tsv" else ",")
-        names = pa.csv.open_csv(self.path, parse_options=options).schema.names
-        text = pa.csv.ConvertOptions(column_types={name: pa.string() for name in names})
-        return names, pa.csv.open_csv(self.path, parse_options=options, convert_options=text)
+    def part_path(self, index: int) -> Path:
+        """File of a part."""
+        return self.output / f"part-{index:05d}.parquet"
 
-    def __iter__(self) -> Iterator[Person]:
-        self.num_skipped = 0
-        people = self._interactions() if self.has_interactions else self._users()
-        for person in people:
-            if len(person.history):
-                yield person
-                continue
-            self.first_skipped = self.first_skipped if self.num_skipped else person.name
-            self.num_skipped += 1
-
-    def _rows(self, *names: str) -> Iterator[tuple[str, ...]]:
-        """Some columns of all rows, as text."""
-        with reading(self.path):
-            for batch in self._open()[1]:
-                yield from zip(
-                    *(batch.column(name).cast(pa.string()).to_pylist() for name in names)
-                )
-
-    def _users(self) -> Iterator[Person]:
-        index_of = {name: index for index, name in enumerate(self.data.user_names)}
-        offsets, nobody = self.data.offsets, np.empty(0, np.int32)
-        for (name,) in self._rows("user"):
-            user = index_of.get(name)
-            if user is None:
-                yield Person(name, nobody)
-            else:
-                yield Person(name, self.data.item_ids[offsets[user] : offsets[user + 1]])
-
-    def _interactions(self) -> Iterator[Person]:
-        # Item 0 is no item, and its name is empty.
-        index_of = {name: index for index, name in enumerate(self.data.item_names) if index}
-        all_rows = self._rows("user", "item", "timestamp")
-        for name, rows in groupby(all_rows, key=lambda row: row[0]):
-            known = [
-                (self._time(time), index_of[item]) for _, item, time in rows if item in index_of
-            ]
-            known.sort(key=lambda row: row[0])
-            yield Person(name, np.array([item for _, item in known], dtype=np.int32))
-
-    def _time(self, text: str) -> float:
-        try:
-            return float(text)
-        except (TypeError, ValueError):
-            raise InputError(f"{self.path}: timestamp {text!r} is not a number") from None
+    def fingerprint(self) -> str:
+        """Hash of what determines the rows of each file."""
+        files = [self.run_dir / name for name in RUN_FILES if (self.run_dir / name).exists()]
+        with reading(self.source), self.source.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").digest()
+        contents = (path.read_bytes() for path in files)
+        return fingerprint({"k": self.k, "part_users": self.part_users}, digest, *contents)
 
 
-def recommend_to_all(
-    recommender: Recommender,
-    run_dir: Path,
-    people: People,
-    output: Path,
-    *,
-    k: int,
-    part_users: int,
-    resume: bool,
-) -> dict[str, Any]:
-    """Write recommendations for all people to the folder ``output``, in Parquet files.
-
-    A part is complete or absent, and holds the same rows however often the work was interrupted.
+class PartWriter:
+    """Writes any part of a table. Parts are cheapest in ascending order.
 
     Args:
-        recommender: the models.
-        run_dir: folder of their run.
-        people: whom to recommend to.
-        output: the folder, which this process has reserved.
-        k: items per person.
-        part_users: people per part.
-        resume: whether to keep the parts that are there.
-
-    Returns:
-        The content of ``recommendations.json``.
-
-    Raises:
-        UserError: ``resume``, and the parts are those of another run, input or setting.
+        job: the table.
+        people: its users, to be read from the start; None to open the table again.
     """
-    manifest = output / MANIFEST
-    record = {"fingerprint": _fingerprint(run_dir, people.path, k, part_users), "finished": False}
-    if resume and manifest.exists():
-        if read_json(manifest).get("fingerprint") != record["fingerprint"]:
-            raise UserError(
-                f"{output} has recommendations of another run, input, --k or --part_users"
-            )
-    else:
-        for path in (manifest, *output.glob("part-*.parquet")):
-            path.unlink(missing_ok=True)
-        write_json(manifest, record)
-    count, index = 0, -1
-    with tqdm(desc="recommend", unit="user", unit_scale=True, dynamic_ncols=True) as bar:
-        for index, part in enumerate(_parts(people, part_users)):
-            path = output / f"part-{index:05d}.parquet"
-            if not path.exists():
-                table = _table(recommender, part, k)
-                with atomic_path(path) as temporary:
-                    pq.write_table(table, temporary)
-            count += len(part)
-            bar.update(len(part))
-    record |= {
-        "finished": True, "run": str(run_dir), "k": k, "users": count, "parts": index + 1,
-        "skipped": people.num_skipped,
-    }  # fmt: skip
-    write_json(manifest, record)
-    return record
 
+    def __init__(self, job: Job, people: People | None = None) -> None:
+        # torch takes seconds to import, so this comes after all checks.
+        from recipes.recommend import Recommender
 
-def _fingerprint(run_dir: Path, source: Path, k: int, part_users: int) -> str:
-    files = [run_dir / name for name in RUN_FILES if (run_dir / name).exists()]
-    with reading(source), source.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").digest()
-    contents = (path.read_bytes() for path in files)
-    return fingerprint({"k": k, "part_users": part_users}, digest, *contents)
+        self.job = job
+        self.people = people or People(job.source, load_data(job.data_config))
+        self.recommender = Recommender(job.run_dir, self.people.data, job.device, job.base_model)
+        self._parts: Iterator[list[Person]] = iter(())
+        self._next = 0
 
+    def write(self, index: int) -> int:
+        """Write a part unless it is there, and return its number of users."""
+        part = self._read(index)
+        path = self.job.part_path(index)
+        if part and not path.exists():
+            table = _table(self.recommender, part, self.job.k)
+            with atomic_path(path) as temporary:
+                pq.write_table(table, temporary)
+        return len(part)
 
-def _parts(people: People, size: int) -> Iterator[list[Person]]:
-    part: list[Person] = []
-    for person in people:
-        part.append(person)
-        if len(part) == size:
-            yield part
-            part = []
-    if part:
-        yield part
+    def _read(self, index: int) -> list[Person]:
+        """The users of a part; none if there are fewer parts."""
+        if not 0 < self._next <= index:
+            self._parts, self._next = self.people.parts(self.job.part_users), 0
+        part: list[Person] = []
+        for _ in range(self._next, index + 1):
+            part = next(self._parts, [])
+        self._next = index + 1
+        return part
 
 
 def _table(recommender: Recommender, part: Sequence[Person], k: int) -> pa.Table:
@@ -215,3 +116,56 @@ def _table(recommender: Recommender, part: Sequence[Person], k: int) -> pa.Table
             **{name: values.ravel().astype(np.float32) for name, values in found.scores.items()},
         }
     )
+
+
+Engine = Callable[[Job, People], Iterator[int]]
+
+
+def in_this_process(job: Job, people: People) -> Iterator[int]:
+    """Write the parts one after the other; yields the number of users of each."""
+    writer, index = PartWriter(job, people), 0
+    while count := writer.write(index):
+        yield count
+        index += 1
+
+
+def recommend_to_all(job: Job, people: People, engine: Engine, *, resume: bool) -> dict[str, Any]:
+    """Write recommendations for all users of a table, in Parquet files.
+
+    A part is complete or absent, and holds the same rows however often the work was interrupted.
+
+    Args:
+        job: the table.
+        people: its users.
+        engine: writes the parts that are missing, and yields the number of users of each part.
+        resume: whether to keep the parts that are there.
+
+    Returns:
+        The content of ``recommendations.json``.
+
+    Raises:
+        UserError: ``resume``, and the parts are those of another run, input or setting.
+    """
+    manifest = job.output / MANIFEST
+    record = {"fingerprint": job.fingerprint(), "finished": False}
+    if resume and manifest.exists():
+        if read_json(manifest).get("fingerprint") != record["fingerprint"]:
+            raise UserError(
+                f"{job.output} has recommendations of another run, input, --k or --part_users; "
+                "replace them with --overwrite"
+            )
+    else:
+        for path in (manifest, *job.output.glob("part-*.parquet")):
+            path.unlink(missing_ok=True)
+        write_json(manifest, record)
+    users = parts = 0
+    with tqdm(desc="recommend", unit="user", unit_scale=True, dynamic_ncols=True) as bar:
+        for count in engine(job, people):
+            users, parts = users + count, parts + 1
+            bar.update(count)
+    record |= {
+        "finished": True, "run": str(job.run_dir), "k": job.k, "users": users, "parts": parts,
+        "skipped": people.num_skipped,
+    }  # fmt: skip
+    write_json(manifest, record)
+    return record

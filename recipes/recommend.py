@@ -18,6 +18,7 @@ from dataloader.sequences import Histories
 from datasets import SequenceDataset
 from evaluation.retrieval import retrieve
 from model.registry import load_retriever
+from process import use_cuda
 from storage import read_json, reading
 from trainer.run_folder import CONFIG
 
@@ -82,8 +83,8 @@ class Recommender:
         if "verbalizer" in settings:
             from recipes.second_stage import Ranker
 
-            self.ranker = Ranker(run_dir, settings, data, self.num_candidates, device, base_model)
-            self.retriever.to(self.ranker.device)
+            self.ranker = Ranker(run_dir, settings, data, device, base_model)
+        self.retriever.to("cuda" if use_cuda(device) else "cpu")
 
     def recommend(self, histories: Sequence[np.ndarray], k: int) -> Recommendations:
         """Recommend the k best items after each history, which must not be empty."""

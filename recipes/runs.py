@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
-from config import IMMATERIAL_FLAGS, CommonConfig, RetrieverConfig
+from config import DATA_FLAGS, IMMATERIAL_FLAGS, CommonConfig, RankerConfig, RetrieverConfig
 from datasets import SequenceDataset, load_dataset
 from datasets.base import Filters
 from errors import UserError, advice, flag_names
+from flags import reread
 from model.hub import BaseModel, find_model
+from storage import read_json, reading
 from trainer.fingerprint import fingerprint
-from trainer.run_folder import RunFolder
+from trainer.run_folder import CONFIG, RunFolder
 
 FROM_SCRATCH = "start from scratch with --overwrite"
 
@@ -139,3 +142,32 @@ def locked(run: RunFolder) -> Iterator[None]:
         with advice("wait for it or use another --export_root"):
             stack.enter_context(run.locked())
         yield
+
+
+# Finished runs ------------------------------------------------------------------------------------
+
+
+def finished_settings(run_dir: Path) -> dict[str, Any]:
+    """The ``config.json`` of a finished run of either stage; a ranker's has ``verbalizer``.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    if not (run_dir / CONFIG).exists():
+        raise UserError(f"--run {run_dir}: no {CONFIG} there; name the folder of a finished run")
+    settings: dict[str, Any] = read_json(run_dir / CONFIG)
+    last = "fusion.json" if "verbalizer" in settings else "test_metrics.json"
+    if not (run_dir / last).exists():
+        raise UserError(f"--run {run_dir}: the run is not finished; continue it with --resume")
+    return settings
+
+
+def data_config(
+    run_dir: Path, settings: dict[str, Any], data_root: str | None, cache_root: str | None
+) -> CommonConfig:
+    """The data settings of a finished run, with other folders where they are given."""
+    config = RankerConfig if "verbalizer" in settings else RetrieverConfig
+    with reading(run_dir / CONFIG):
+        known = reread(config, {name: settings[name] for name in DATA_FLAGS})
+    folders = {"data_root": data_root, "cache_root": cache_root}
+    return config(**known | {name: value for name, value in folders.items() if value is not None})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from config import RankerConfig
 from dataloader.candidates import Candidates
+from dataloader.prompt import PromptBuilder
+from dataloader.title_prompt import TitlePrompts
 from datasets import SequenceDataset
 from errors import advice
 from evaluation.fusion import RETRIEVER, Fusion
@@ -25,62 +27,92 @@ from trainer.optimization import make_accelerator
 from trainer.run_folder import CONFIG
 
 
-class Ranker:
-    """The language model of a run and the fusion of both stages.
+class FinishedRanker(NamedTuple):
+    """What a finished run of ``train_ranker.py`` was made with.
+
+    Attributes:
+        config: its settings.
+        language_model: the base model.
+        prompts: builds the prompts.
+    """
+
+    config: RankerConfig
+    language_model: LanguageModel
+    prompts: PromptBuilder | TitlePrompts
+
+
+def read_ranker(
+    run_dir: Path,
+    settings: dict[str, Any],
+    data: SequenceDataset,
+    device: str | None,
+    base_model: str | None,
+) -> FinishedRanker:
+    """Find everything but the weights of a finished run.
 
     Args:
-        run_dir: a finished run of ``train_ranker.py``.
+        run_dir: the run.
         settings: its ``config.json``.
         data: its data set.
-        num_candidates: candidates per history.
         device: ``cpu``, ``cuda`` or None for CUDA if available.
         base_model: overrides the language model that the settings name.
 
     Raises:
         UserError: the run or its language model cannot be used.
     """
+    with reading(run_dir / CONFIG):
+        # config.json has the resolved value, which is no value of the flag.
+        settings = settings | {"gradient_checkpointing": "false"}
+        known = {name: settings[name] for name in flags_of(RankerConfig) if name in settings}
+        config = RankerConfig(**reread(RankerConfig, known))
+        num_candidates = int(settings["retriever"]["num_candidates"])
+    config = replace(
+        config,
+        device=device,
+        llm_base_model=base_model or config.llm_base_model,
+        llm_retrieved_path=settings["retrieved_from"],
+    )
+    with advice("name the model's folder with --llm_base_model"):
+        language_model = find_language_model(config)
+    size = max(num_candidates, config.llm_negative_sample_size + 1)
+    return FinishedRanker(config, language_model, build_prompts(config, data, size, language_model))
+
+
+class Ranker:
+    """The language model of a run and the fusion of both stages; see ``read_ranker``."""
 
     def __init__(
         self,
         run_dir: Path,
         settings: dict[str, Any],
         data: SequenceDataset,
-        num_candidates: int,
         device: str | None,
         base_model: str | None,
     ) -> None:
-        with reading(run_dir / CONFIG):
-            # config.json has the resolved value, which is no value of the flag.
-            settings = settings | {"gradient_checkpointing": "false"}
-            known = {name: settings[name] for name in flags_of(RankerConfig) if name in settings}
-            config = RankerConfig(**reread(RankerConfig, known))
-        self.config = replace(
-            config,
-            device=device,
-            llm_base_model=base_model or config.llm_base_model,
-            llm_retrieved_path=settings["retrieved_from"],
-        )
-        with advice("name the model's folder with --llm_base_model"):
-            self.language_model: LanguageModel = find_language_model(self.config)
-        size = max(num_candidates, self.config.llm_negative_sample_size + 1)
-        self.prompts = build_prompts(self.config, data, size, self.language_model)
-        accelerator = make_accelerator(device, self.config.seed)
+        config, language_model, prompts = read_ranker(run_dir, settings, data, device, base_model)
+        self.prompts, self.max_history = prompts, config.llm_max_history
+        accelerator = make_accelerator(device, config.seed)
         self.device = accelerator.device
-        self.model = load_model(self.language_model, self.config, accelerator)
+        self.model = load_model(language_model, config, accelerator)
         with advice("run train_ranker.py again"):
             load_adapter(self.model, run_dir / ADAPTER)
         with reading(run_dir / FUSION):
             self.fusion = Fusion(read_json(run_dir / FUSION)["weights"]["fused"])
+        self.verbalizer = build_verbalizer(config, data, {}, language_model, self.device, prompts)
+
+    def text(self, history: np.ndarray, candidates: np.ndarray) -> str:
+        """What the language model reads of a history and its candidates (C,), best first."""
+        if isinstance(self.prompts, TitlePrompts):
+            return self.prompts.text(history)
+        return self.prompts.text(history[-self.max_history :], candidates)
 
     def scores(self, data: SequenceDataset, candidates: Candidates) -> dict[str, np.ndarray]:
         """(n, C) scores of the candidates by name: the features of the fusion, and fused."""
-        verbalizer = build_verbalizer(
-            self.config, data, {"test": candidates}, self.language_model, self.device, self.prompts
-        )
+        self.verbalizer.set_users(data, {"test": candidates})
         users = np.arange(data.num_users)
-        own = verbalizer.score(self.model, "test", users, "rank")
+        own = self.verbalizer.score(self.model, "test", users, "rank")
         features = {
             RETRIEVER: retriever_log_probabilities(candidates, users),
-            **verbalizer.features(self.model, "test", users, own),
+            **self.verbalizer.features(self.model, "test", users, own),
         }
         return features | {"fused": self.fusion.scores(features)}

@@ -77,6 +77,10 @@ class Verbalizer(ABC):
         self.config, self.data, self.candidates = config, data, candidates
         self.language_model, self.device = language_model, device
 
+    def set_users(self, data: SequenceDataset, candidates: Mapping[str, Candidates]) -> None:
+        """Score the candidates of other users from now on; the catalogue stays the same."""
+        self.data, self.candidates = data, candidates
+
     @property
     @abstractmethod
     def num_examples(self) -> int:
@@ -301,6 +305,11 @@ class GuidedTitles(_Titles):
         super().__init__(*args, prompts=prompts)
         self.tokens = torch.from_numpy(prompts.trie.tokens).to(self.device)
         self._priors: dict[str, RetrieverPrior] = {}  # by split
+
+    def set_users(self, data: SequenceDataset, candidates: Mapping[str, Candidates]) -> None:
+        """See ``Verbalizer``; the retriever is asked anew about other users."""
+        super().set_users(data, candidates)
+        self._priors = {}
 
     def training_examples(self, seen: np.ndarray) -> GuidedDocuments:
         """Users' training sequences, with probabilities of retrievers that have not seen them."""

@@ -18,6 +18,7 @@ pytest.register_assert_rewrite("tests.helpers")
 from tests.helpers import (  # noqa: E402
     ROOT,
     Handler,
+    copy_run,
     downloaded,
     load_custom,
     run_script,
@@ -29,6 +30,12 @@ settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # pytest-xdist runs one process per core
+SHORT = ["--device", "cpu", "--max_steps", 2, "--warmup_steps", 0, "--lora_val_iterations", 2]
+RANKERS = {
+    "letters": ["--llm_max_history", 5],
+    "titles": ["--verbalizer", "titles", "--llm_max_history", 5, "--retriever_prior", "false"],
+    "guided": ["--verbalizer", "titles", "--llm_max_history", 5, "--folds", 2],
+}
 
 
 @pytest.fixture(scope="session")
@@ -117,6 +124,24 @@ def retrieved(toy_flags: list[object], tmp_path_factory: pytest.TempPathFactory)
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture(scope="session", params=list(RANKERS))
+def ranker(
+    request: pytest.FixtureRequest,
+    retrieved: Path,
+    tiny_llama: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Folder of a finished run of the ranker, one for each verbalizer."""
+    root = tmp_path_factory.mktemp("ranker")
+    run, retriever = root / "run", copy_run(retrieved, root / "retriever")
+    done = run_script(
+        "train_ranker.py", "--llm_retrieved_path", retriever, "--llm_base_model", tiny_llama,
+        *SHORT, *RANKERS[request.param], "--export_root", run,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return run
 
 
 @pytest.fixture()

@@ -11,32 +11,7 @@ from datasets import SequenceDataset
 from errors import UserError
 from recipes.recommend import Recommender
 from storage import read_json
-from tests.helpers import copy_run, run_script
-
-SHORT = ["--device", "cpu", "--max_steps", 2, "--warmup_steps", 0, "--lora_val_iterations", 2]
-RANKERS = {
-    "letters": ["--llm_max_history", 5],
-    "titles": ["--verbalizer", "titles", "--llm_max_history", 5, "--retriever_prior", "false"],
-    "guided": ["--verbalizer", "titles", "--llm_max_history", 5, "--folds", 2],
-}
-
-
-@pytest.fixture(scope="module", params=list(RANKERS))
-def ranker(
-    request: pytest.FixtureRequest,
-    retrieved: Path,
-    tiny_llama: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    """Folder of a finished run of the ranker."""
-    root = tmp_path_factory.mktemp("ranker")
-    run, retriever = root / "run", copy_run(retrieved, root / "retriever")
-    done = run_script(
-        "train_ranker.py", "--llm_retrieved_path", retriever, "--llm_base_model", tiny_llama,
-        *SHORT, *RANKERS[request.param], "--export_root", run,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return run
+from tests.helpers import run_script
 
 
 def cut_histories(data: SequenceDataset) -> list[np.ndarray]:
@@ -84,6 +59,26 @@ def test_the_full_history_is_read_and_left_out(
     assert not seen & {row["item"] for row in answer["recommendations"]}
     for row in answer["recommendations"]:
         assert toy_data.titles[toy_data.item_names.index(row["item"])] == row["title"]
+
+
+def test_an_explanation(
+    ranker: Path, toy_data: SequenceDataset, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+):
+    flags = ["--run", str(ranker), "--llm_base_model", str(tiny_llama), "--user", "u1", "--explain"]
+    recommend.main([*flags, "--json"])
+    answer = json.loads(capsys.readouterr().out)
+    rows = answer["recommendations"]
+    assert sorted(row["retrieved"] for row in rows) == list(range(1, 21))
+    last = answer["history"][-1]
+    if read_json(ranker / "config.json")["verbalizer"] == "letters":
+        first = next(row["title"] for row in rows if row["retrieved"] == 1)
+        assert f"{last}; \n Candidate pool: (A) {first} \n (B) " in answer["prompt"]
+    else:
+        assert answer["prompt"].endswith(f"\n{last}\n")
+    recommend.main(flags)
+    printed = capsys.readouterr().out
+    assert printed.startswith("The language model reads:\n  | ") and f"  | {last}" in printed
+    assert len(printed.split("rank  title")[1].splitlines()) == 21
 
 
 def test_titles_of_somebody_new(

@@ -10,7 +10,7 @@ import recommend
 from datasets import SequenceDataset
 from errors import InputError, UserError
 from recipes import bulk
-from recipes.bulk import People
+from recipes.people import People
 from recipes.recommend import Recommender
 from storage import read_json
 

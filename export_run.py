@@ -1,0 +1,67 @@
+"""Write a finished run as files that other programs read without this project.
+
+Example:
+    python export_run.py --run experiments/smollm2-135m/games --output exported
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from cli import Parser, run_main
+from errors import UserError
+from recipes.runs import data_config, finished_settings, load_data
+from storage import atomic_folder
+
+README = "README.md"
+TITLE = "# An exported run\n"  # by which an earlier export is known
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, metavar="DIR", help="a finished run")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    parser.add_argument("--data_root", help="folder of raw data, unless that of the run")
+    parser.add_argument("--cache_root", help="folder of preprocessed data, unless that of the run")
+    parser.add_argument("--llm_base_model", help="the language model, unless that of the run")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Check the flags, then write everything."""
+    flags = parse(argv)
+    run_dir, output = Path(flags.run), Path(flags.output)
+    settings = finished_settings(run_dir)
+    check_output(output, overwrite=flags.overwrite)
+    data = load_data(data_config(run_dir, settings, flags.data_root, flags.cache_root))
+    # torch takes seconds to import, so this comes after all checks.
+    from recipes.export import export_run
+
+    with atomic_folder(output) as folder:
+        export_run(run_dir, settings, data, flags.llm_base_model, folder)
+    print(f"written to {output}; its {README} says how to load each file")
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Refuse to replace anything but an earlier export.
+
+    Raises:
+        UserError: there is something in the way.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file; name a folder")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    readme = output / README
+    if not readme.is_file() or not readme.read_text(errors="replace").startswith(TITLE):
+        raise UserError(f"--output {output}: the folder holds something else; name another")
+    if not overwrite:
+        raise UserError(f"--output {output} holds an export: replace it with --overwrite")
+
+
+if __name__ == "__main__":
+    run_main(main, can_resume=False)
