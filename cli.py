@@ -134,6 +134,9 @@ def _ask_for_dataset() -> str:
         choice = input("Data set: 1 for ml-100k, b for beauty, g for games: ").strip()
     except EOFError:
         raise UserError(f"no data set was chosen: pass --dataset_code, one of {codes}") from None
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(130)  # nothing was started that could be resumed
     code = DATASET_KEYS.get(choice, choice)
     if code not in DATASET_CODES:
         raise UserError(f"'{choice}' is not a data set: type 1, b or g, or one of {codes}")
@@ -169,6 +172,7 @@ def run_main(main: Main, *, can_resume: bool = True) -> None:
     process.set_up()
     try:
         main(None)
+        process.check_output()
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         message = _user_message(error)
         if message is None:

@@ -22,10 +22,13 @@ from flags import (
     handling_flag,
     immaterial_flags,
     nonnegative,
+    number,
+    path,
     positive,
     probability,
     result_flag,
     rounding_flag,
+    up_to,
 )
 from metrics import split_metric
 
@@ -45,8 +48,9 @@ UNUSED_FLAGS = {  # by the value of another flag
 }  # fmt: skip
 DATA_FLAGS = (  # what selects the data set; later stages take it over from a run
     "dataset_code", "data_root", "cache_root", "interactions", "items",
-    "min_rating", "min_uc", "min_sc",
+    "min_rating", "min_uc", "min_sc", "ties",
 )  # fmt: skip
+MAX_BATCH = 65_536
 LOG_LIKELIHOOD = "log_likelihood"  # a value of --rerank_best_metric
 TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 1024}  # default of --tokens_per_batch
 
@@ -61,29 +65,34 @@ class CommonConfig:
     dataset_code: str | None = result_flag(
         None, "data set; the script asks for it if absent", choices=DATASET_CODES
     )
-    data_root: str = handling_flag("data", "folder of raw data; missing files are downloaded")
+    data_root: str = handling_flag("data", "folder of raw data; missing files are downloaded", path)
     cache_root: str = handling_flag(
-        "data/cache", "folder of preprocessed data and converted models"
+        "data/cache", "folder of preprocessed data and converted models", path
     )
     interactions: str | None = handling_flag(
-        None, "custom data: interactions as a CSV, TSV, Parquet or .inter file"
+        None, "custom data: interactions as a CSV, TSV, Parquet or .inter file", path
     )
     items: str | None = handling_flag(
-        None, "custom data: item titles as a CSV, TSV, Parquet or .item file"
+        None, "custom data: item titles as a CSV, TSV, Parquet or .item file", path
     )
     min_rating: float = result_flag(
         0.0, "discard interactions with a lower rating than this", any_number
     )
     min_uc: int = result_flag(5, "discard users with fewer interactions than this", positive)
     min_sc: int = result_flag(5, "discard items with fewer interactions than this", positive)
+    ties: str = result_flag(
+        "item",
+        "order of a user's interactions at the same time: by item number, or as in the file",
+        choices=("item", "file"),
+    )
 
     seed: int = result_flag(42, "seed of all random choices", count)
     device: str | None = result_flag(
         None, "cpu or cuda; cuda if available", choices=("cpu", "cuda")
     )
-    experiment_root: str = handling_flag("experiments", "folder of all runs")
+    experiment_root: str = handling_flag("experiments", "folder of all runs", path)
     export_root: str | None = handling_flag(
-        None, "folder of this run, in place of the default one under --experiment_root"
+        None, "folder of this run, in place of the default one under --experiment_root", path
     )
     resume: bool = handling_flag(False, "continue an interrupted run", boolean)
     overwrite: bool = handling_flag(False, "replace an earlier run in the same folder", boolean)
@@ -91,11 +100,13 @@ class CommonConfig:
         300.0, "longest time between two checkpoints, in seconds", nonnegative
     )
     use_wandb: bool = handling_flag(False, "also log to Weights & Biases", boolean)
-    num_workers: int = handling_flag(0, "worker processes that prepare batches", count)
+    num_workers: int = handling_flag(
+        0, "worker processes that prepare batches", up_to(256, lowest=0)
+    )
 
-    train_batch_size: int = result_flag(64, "examples per optimizer step", positive)
-    val_batch_size: int = rounding_flag(64, "users per batch in validation", positive)
-    test_batch_size: int = rounding_flag(64, "users per batch in the test", positive)
+    train_batch_size: int = result_flag(64, "examples per optimizer step", up_to(MAX_BATCH))
+    val_batch_size: int = rounding_flag(64, "users per batch in validation", up_to(MAX_BATCH))
+    test_batch_size: int = rounding_flag(64, "users per batch in the test", up_to(MAX_BATCH))
     max_steps: int | None = result_flag(None, "stop after this many optimizer steps", positive)
     optimizer: str = result_flag("AdamW", "optimizer", choices=("AdamW", "Adam"))
     weight_decay: float = result_flag(
@@ -197,18 +208,18 @@ class RetrieverConfig(CommonConfig):
         (0.1, 0.2, 0.3, 0.4, 0.5), "dropouts of the grid", probability, many=True
     )
     search_jobs: int | None = handling_flag(
-        None, "runs of the search in parallel; one per GPU, or per core without CUDA", positive
+        None, "runs of the search in parallel; one per GPU, or per core without CUDA", up_to(1024)
     )
     num_candidates: int = result_flag(20, "candidates per user", at_least_two)
     sliding_window_size: float = result_flag(
-        1.0, "stride of the training windows as a fraction of --max_len", nonnegative
+        1.0, "stride of the training windows as a fraction of --max_len", number(float, 0.0, 1000.0)
     )
     max_len: int = result_flag(
-        50, "most recent items that the model reads", positive, alias="bert_max_len"
+        50, "most recent items that the model reads", up_to(65_536), alias="bert_max_len"
     )
-    hidden_units: int = result_flag(64, "embedding size", positive, alias="bert_hidden_units")
-    num_blocks: int = result_flag(2, "number of blocks", positive, alias="bert_num_blocks")
-    num_heads: int = result_flag(2, "attention heads", positive, alias="bert_num_heads")
+    hidden_units: int = result_flag(64, "embedding size", up_to(16_384), alias="bert_hidden_units")
+    num_blocks: int = result_flag(2, "number of blocks", up_to(256), alias="bert_num_blocks")
+    num_heads: int = result_flag(2, "attention heads", up_to(1024), alias="bert_num_heads")
     dropout: float = result_flag(0.5, "dropout", probability, alias="bert_dropout")
     attn_dropout: float = result_flag(
         0.5, "dropout of attention or recurrence", probability, alias="bert_attn_dropout"
@@ -217,7 +228,7 @@ class RetrieverConfig(CommonConfig):
         0.25, "fraction of masked items", probability, alias="bert_mask_prob"
     )
     augmented: str | None = handling_flag(
-        None, "also train on the interactions generated by this run of augment_data.py"
+        None, "also train on the interactions generated by this run of augment_data.py", path
     )
     augmented_place: str = result_flag(
         "before",
@@ -282,7 +293,7 @@ class LanguageModelConfig(CommonConfig):
     llm_max_text_len: int = result_flag(
         1536, "longest prompt in tokens; the oldest history is dropped first", positive
     )
-    lora_r: int = result_flag(8, "rank of the adapters", positive)
+    lora_r: int = result_flag(8, "rank of the adapters", up_to(4096))
     lora_alpha: int = result_flag(32, "scale of the adapters", positive)
     lora_dropout: float = result_flag(0.05, "dropout of the adapters", probability)
     lora_target_modules: tuple[str, ...] = result_flag(
@@ -311,7 +322,7 @@ class RankerConfig(LanguageModelConfig):
     """Settings of ``train_ranker.py``; the defaults are the paper's (section 4.0.4)."""
 
     llm_retrieved_path: str | None = handling_flag(
-        None, "run of the retriever; experiments/lru/<data set> by default"
+        None, "run of the retriever; experiments/lru/<data set> by default", path
     )
     verbalizer: str = result_flag(
         "letters",
@@ -329,10 +340,10 @@ class RankerConfig(LanguageModelConfig):
         3,
         "retrievers that are trained on part of the users, for probabilities of training "
         "interactions they have not seen",
-        positive,
+        up_to(100),
     )
     llm_max_title_len: int = result_flag(32, "longest title in tokens", positive)
-    llm_max_history: int = result_flag(20, "most recent items in the prompt", positive)
+    llm_max_history: int = result_flag(20, "most recent items in the prompt", up_to(10_000))
     llm_train_on_inputs: bool = result_flag(
         False, "train on the whole prompt, not only on the response", boolean
     )
@@ -359,7 +370,7 @@ class RankerConfig(LanguageModelConfig):
         choices=("vocabulary", "letters"),
     )
     permutations: int = result_flag(
-        1, "average the scores over this many orders of the candidates", positive
+        1, "average the scores over this many orders of the candidates", up_to(1000)
     )
     rerank_metric_ks: tuple[int, ...] = result_flag(
         (1, 5, 10), "cut-offs of the metrics", positive, many=True
@@ -372,9 +383,9 @@ class RankerConfig(LanguageModelConfig):
         "validation metric that selects the adapter; log_likelihood for the mean log-probability "
         "of the target",
     )
-    train_batch_size: int = result_flag(16, "prompts per optimizer step", positive)
-    val_batch_size: int = rounding_flag(16, "prompts per batch in validation", positive)
-    test_batch_size: int = rounding_flag(16, "prompts per batch in the test", positive)
+    train_batch_size: int = result_flag(16, "prompts per optimizer step", up_to(MAX_BATCH))
+    val_batch_size: int = rounding_flag(16, "prompts per batch in validation", up_to(MAX_BATCH))
+    test_batch_size: int = rounding_flag(16, "prompts per batch in the test", up_to(MAX_BATCH))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -61,6 +61,18 @@ def number(kind: type, lowest: float, highest: float, *, below: bool = False) ->
     return read
 
 
+def path(text: str) -> str:
+    """Read the name of a file or folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name is empty")
+    return text
+
+
+def up_to(highest: int, *, lowest: int = 1) -> Reader:
+    """Build a reader of whole numbers that are sizes: beyond ``highest`` no machine would do."""
+    return number(int, lowest, highest)
+
+
 positive = number(int, 1, MAX_INT)
 at_least_two = number(int, 2, MAX_INT)
 count = number(int, 0, MAX_INT)

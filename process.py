@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import os
 import signal
 import sys
@@ -44,6 +45,74 @@ def set_up() -> None:
     # takes gigabytes in a long run.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     signal.signal(signal.SIGTERM, _terminate)
+    prepare_streams()
+
+
+def prepare_streams() -> None:
+    """Keep a run going whatever becomes of its terminal.
+
+    A closed standard stream reads as empty and swallows what is written. If writing fails later,
+    as in ``| head -1`` or on a full disk, the rest of the output is dropped. Characters that the
+    terminal's encoding lacks are escaped.
+    """
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", errors="replace"))  # noqa: SIM115
+            continue
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+            setattr(sys, name, _Lasting(stream))
+
+
+def check_output() -> None:
+    """Report output that was lost, unless its reader has left.
+
+    Raises:
+        UserError: standard output could not be written.
+    """
+    sys.stdout.flush()
+    problem = getattr(sys.stdout, "problem", None)
+    if problem is not None and not isinstance(problem, BrokenPipeError):
+        raise UserError(f"standard output cannot be written: {problem.strerror}")
+
+
+class _Lasting:
+    """A text stream that goes to ``os.devnull`` once it cannot be written.
+
+    Attributes:
+        problem: why it could not be written, or None.
+    """
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        self._stream = stream
+        self.problem: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write text, now or never."""
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._drop(error)
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush, now or never."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._drop(error)
+
+    def _drop(self, problem: OSError) -> None:
+        self.problem = problem
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
 
 
 @contextmanager

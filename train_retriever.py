@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(RetrieverConfig, argv, __doc__, preset=retriever_preset)
     check_device(config.device)
     data = load_data(config)
-    check_num_candidates(config, data)
+    check_sizes(config, data)
     augmented = read_augmented(config, data)
     inputs = fingerprint_inputs(config, augmented)
     run = RunFolder(config.run_dir, OUTPUTS, run_fingerprint(config, {}, data, *inputs))
@@ -55,12 +55,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             train(config, data, run, augmented, encoder)
 
 
-def check_num_candidates(config: RetrieverConfig, data: SequenceDataset) -> None:
-    """Refuse more candidates than there are items."""
-    if config.num_candidates > data.num_items:
-        raise UserError(
-            f"--num_candidates {config.num_candidates}: {data.code} has only {data.num_items} items"
-        )
+def check_sizes(config: RetrieverConfig, data: SequenceDataset) -> None:
+    """Refuse more candidates or sampled items than there are items."""
+    for name in ("num_candidates", "negatives"):
+        size = getattr(config, name)
+        if size is not None and size > data.num_items:
+            raise UserError(f"--{name} {size}: {data.code} has only {data.num_items} items")
 
 
 def read_augmented(config: RetrieverConfig, data: SequenceDataset) -> Interactions | None:

@@ -12,17 +12,20 @@ import pandas as pd
 
 
 class Filters(NamedTuple):
-    """Thresholds that decide which interactions are kept.
+    """Which interactions are kept, and how those of a user at the same time are ordered.
 
     Attributes:
         min_rating: lowest rating of an interaction.
         min_uc: minimum number of interactions per user.
         min_sc: minimum number of interactions per item.
+        ties: order of a user's simultaneous interactions: ``item`` for that of the item numbers,
+            ``file`` for that of the file.
     """
 
     min_rating: float = 0.0
     min_uc: int = 5
     min_sc: int = 5
+    ties: str = "item"
 
 
 class RawData(NamedTuple):
@@ -74,6 +77,7 @@ class SequenceDataset:
         user_names: the users' original identifiers, in order.
         item_names: the items' original identifiers; ``item_names[0]`` is empty.
         fingerprint: hash of sequences and titles; files made from a data set store it.
+        num_tied_targets: users whose test target has the same time as the item before it.
     """
 
     code: str
@@ -83,6 +87,7 @@ class SequenceDataset:
     user_names: list[str]
     item_names: list[str]
     fingerprint: str
+    num_tied_targets: int = 0
 
     @property
     def num_users(self) -> int:

@@ -14,7 +14,7 @@ from datasets.preprocessing import build
 from errors import UserError
 from storage import describe, read_arrays, reading, write_arrays
 
-CACHE_FORMAT = 3  # increment when preprocessing or the arrays in the file change
+CACHE_FORMAT = 4  # increment when preprocessing or the arrays in the file change
 
 
 def build_cached(source: RawSource, filters: Filters, cache_root: Path) -> SequenceDataset:
@@ -49,6 +49,8 @@ def _cache_key(source: RawSource, filters: Filters) -> str:
     """Hash everything that determines the preprocessed data."""
     digest = hashlib.sha256(json.dumps([CACHE_FORMAT, source.code, *filters]).encode())
     for path in source.files:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a regular file")
         try:
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -64,6 +66,7 @@ def _write_cache(path: Path, key: str, data: SequenceDataset) -> None:
         "item_names": data.item_names,
         "key": key,
         "fingerprint": data.fingerprint,
+        "num_tied_targets": data.num_tied_targets,
     }
     write_arrays(
         path,

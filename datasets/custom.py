@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+
+import pandas as pd
 
 from datasets.base import RawData, RawSource
 from datasets.tables import read_columns, read_interactions
@@ -41,6 +44,7 @@ def source(interactions_path: Path, items_path: Path) -> RawSource:
             interactions_path, INTERACTION_COLUMNS, separator=interactions_separator
         )
         items = read_columns(items_path, ITEM_COLUMNS, separator=items_separator)
+        note_repeated(items_path, items)
         titles = {item: clean_title(title) for item, title in zip(items["item"], items["title"])}
         titles = {item: title for item, title in titles.items() if title}
         untitled = table["item"][~table["item"].isin(titles.keys())].unique()
@@ -55,7 +59,20 @@ def source(interactions_path: Path, items_path: Path) -> RawSource:
     return RawSource("custom", (interactions_path, items_path), lambda: None, read)
 
 
+def note_repeated(path: Path, items: pd.DataFrame) -> None:
+    """Point out items that have several titles; the last one counts."""
+    distinct = items.drop_duplicates(["item", "title"])
+    repeated = distinct["item"][distinct["item"].duplicated()].unique()
+    if len(repeated):
+        print(
+            f"note: {path}: {len(repeated):,} items have several titles, of which the last counts; "
+            f"the first such item is {repeated[0]}",
+            file=sys.stderr,
+        )
+
+
 def _separator(path: Path) -> str:
-    if path.suffix not in SEPARATORS:
+    suffix = path.suffix.lower()
+    if suffix not in SEPARATORS:
         raise UserError(f"{path}: its name must end in {', '.join(SEPARATORS)}")
-    return SEPARATORS[path.suffix]
+    return SEPARATORS[suffix]

@@ -41,8 +41,6 @@ def k_core(users: np.ndarray, items: np.ndarray, min_uc: int, min_sc: int) -> np
 def build(code: str, raw: RawData, filters: Filters) -> SequenceDataset:
     """Filter raw interactions, number users and items, and sort each user's by time.
 
-    Interactions at the same time are sorted by item.
-
     Raises:
         ArgumentError: ``min_rating`` is set, but the data has no ratings.
         InputError: no interactions remain.
@@ -60,7 +58,8 @@ def build(code: str, raw: RawData, filters: Filters) -> SequenceDataset:
     remaining_users, users = np.unique(user_codes[in_core], return_inverse=True)
     remaining_items, items = np.unique(item_codes[in_core], return_inverse=True)
     timestamps = table["timestamp"].to_numpy()[in_core]
-    order = np.lexsort((items, timestamps, users))
+    ties = items if filters.ties == "item" else np.arange(len(items))
+    order = np.lexsort((ties, timestamps, users))
     item_ids = (items[order] + 1).astype(np.int32)
     offsets = np.concatenate([[0], np.cumsum(np.bincount(users))]).astype(np.int64)
     item_names = item_names[remaining_items]
@@ -73,7 +72,14 @@ def build(code: str, raw: RawData, filters: Filters) -> SequenceDataset:
         user_names=list(user_names[remaining_users]),
         item_names=["", *item_names],
         fingerprint=_fingerprint(item_ids, offsets, titles),
+        num_tied_targets=_num_tied_targets(timestamps[order], offsets),
     )
+
+
+def _num_tied_targets(timestamps: np.ndarray, offsets: np.ndarray) -> int:
+    """Count the users whose last two interactions have the same time."""
+    last = offsets[1:][np.diff(offsets) > 1] - 1
+    return int((timestamps[last] == timestamps[last - 1]).sum())
 
 
 def _select_interactions(code: str, raw: RawData, filters: Filters) -> pd.DataFrame:
@@ -81,7 +87,14 @@ def _select_interactions(code: str, raw: RawData, filters: Filters) -> pd.DataFr
     table = raw.interactions
     if filters.min_rating and np.isinf(table["rating"]).all():
         raise ArgumentError("min_rating", f"{filters.min_rating:g}", f"{code} has no ratings")
-    table = table[(table["rating"] >= filters.min_rating) & table["item"].isin(raw.titles.keys())]
+    is_low = table["rating"] < filters.min_rating
+    if is_low.any():
+        print(
+            f"note: {code}: dropped {is_low.sum():,} of {len(table):,} interactions with a rating "
+            f"below {filters.min_rating:g}",
+            file=sys.stderr,
+        )
+    table = table[~is_low & table["item"].isin(raw.titles.keys())]
     is_duplicate = table.duplicated(["user", "item", "timestamp"])
     if is_duplicate.any():
         print(

@@ -13,6 +13,8 @@ from pyarrow import parquet
 from errors import UserError
 from storage import check_unpacked_size, describe
 
+QUOTED = (".csv", ".tsv")  # quotes in MovieLens' and RecBole's own files are part of the text
+
 
 def read_interactions(
     path: Path, columns: Mapping[str, Sequence[str]], *, separator: str = ",", header: bool = True
@@ -28,8 +30,8 @@ def read_interactions(
         header: see ``read_columns``.
 
     Raises:
-        UserError: the table cannot be read, a user or item is empty, or a timestamp or rating is
-            not a finite number.
+        UserError: the table cannot be read, a user or item is empty, a timestamp is neither a
+            finite number nor a date in ISO 8601, or a rating is not a finite number.
     """
     table = read_columns(path, columns, optional=("rating",), separator=separator, header=header)
     first_row = 2 if header else 1
@@ -37,7 +39,7 @@ def read_interactions(
         is_empty = (table[name] == "").to_numpy()
         if is_empty.any():
             raise UserError(f"{path} row {int(is_empty.argmax()) + first_row}: {name} is empty")
-    table["timestamp"] = to_numbers(table["timestamp"], path, first_row=first_row)
+    table["timestamp"] = to_times(table["timestamp"], path, first_row=first_row)
     table["rating"] = (
         to_numbers(table["rating"], path, first_row=first_row) if "rating" in table else np.inf
     )
@@ -60,8 +62,8 @@ def read_columns(
             preference. Without a header, they are the first columns of the file, in this order.
         optional: columns that may be absent.
         separator: field separator of a text file.
-        header: whether the first line has the column names. A RecBole type after a colon, as in
-            ``item_id:token``, is not part of the name.
+        header: whether the first line has the column names, in upper or lower case. A RecBole type
+            after a colon, as in ``item_id:token``, is not part of the name.
 
     Raises:
         UserError: the file cannot be read, is empty, lacks a column or has it twice.
@@ -76,6 +78,29 @@ def read_columns(
     else:
         table = table.iloc[:, : len(columns)].set_axis(list(columns), axis=1)
     return _select_columns(path, table, columns, optional)
+
+
+def to_times(column: pd.Series, path: Path, *, first_row: int) -> np.ndarray:
+    """Convert a column of strings to times: numbers, or dates in ISO 8601 without a time zone or
+    with one; arguments as in ``to_numbers``.
+
+    Returns:
+        (n,) numbers as they are, or int64 microseconds since 1970.
+
+    Raises:
+        UserError: a value is neither, or both occur.
+    """
+    if pd.to_numeric(column.iloc[:1], errors="coerce").notna().all():
+        return to_numbers(column, path, first_row=first_row)
+    dates = pd.to_datetime(column, format="ISO8601", utc=True, errors="coerce")
+    is_invalid = dates.isna().to_numpy()
+    if is_invalid.any():
+        index = int(is_invalid.argmax())
+        raise UserError(
+            f"{path} row {index + first_row}: {column.name} '{column.iloc[index][:50]}' is neither "
+            "a number nor a date like 2014-07-23 or 2014-07-23T18:30:00"
+        )
+    return dates.dt.as_unit("us").astype("int64").to_numpy()
 
 
 def to_numbers(column: pd.Series, path: Path, *, first_row: int) -> np.ndarray:
@@ -108,8 +133,10 @@ def to_numbers(column: pd.Series, path: Path, *, first_row: int) -> np.ndarray:
 
 def _read_table(path: Path, separator: str, header: bool) -> pd.DataFrame:
     """Read a whole file; see ``read_columns``."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file")
     try:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             return _read_parquet(path)
         return _read_text(path, separator, header)
     except UserError:
@@ -136,7 +163,7 @@ def _read_text(path: Path, separator: str, header: bool) -> pd.DataFrame:
         keep_default_na=False,
         na_filter=False,
         encoding="utf-8-sig",
-        quoting=csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL,
+        quoting=csv.QUOTE_MINIMAL if path.suffix.lower() in QUOTED else csv.QUOTE_NONE,
     )
     if not isinstance(table.index, pd.RangeIndex):  # pandas took the first column as row names
         raise ValueError("its rows have more fields than its first line")
@@ -160,8 +187,12 @@ def _select_columns(
 ) -> pd.DataFrame:
     """Pick the columns of ``read_columns`` by name."""
     selected = {}
+    given = {str(name).lower(): name for name in reversed(table.columns)}
+    given |= {str(name): name for name in reversed(table.columns)}  # the same case first
     for column, other_names in columns.items():
-        name = next((n for n in (column, *other_names) if n in table.columns), None)
+        wanted = (column, *other_names)
+        names = (given.get(name, given.get(name.lower())) for name in wanted)
+        name = next((name for name in names if name is not None), None)
         if name is None:
             if column in optional:
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from trainer.fingerprint import fingerprint
 from trainer.run_folder import CONFIG, RunFolder
 
 FROM_SCRATCH = "start from scratch with --overwrite"
+TIED_SHARE = 0.01  # of the users; more are pointed out
 
 
 def load_data(config: CommonConfig) -> SequenceDataset:
@@ -34,11 +36,18 @@ def load_data(config: CommonConfig) -> SequenceDataset:
             str(config.dataset_code),
             data_root=config.data_root,
             cache_root=config.cache_root,
-            filters=Filters(config.min_rating, config.min_uc, config.min_sc),
+            filters=Filters(config.min_rating, config.min_uc, config.min_sc, config.ties),
             interactions=config.interactions,
             items=config.items,
         )
     print(data.summary())
+    if data.num_tied_targets > TIED_SHARE * data.num_users:
+        order = "of their item numbers" if config.ties == "item" else "of the file"
+        print(
+            f"note: for {data.num_tied_targets / data.num_users:.0%} of the users, the test target "
+            f"has the same time as the item before; their order is that {order} (--ties)",
+            file=sys.stderr,
+        )
     return data
 
 
@@ -168,6 +177,6 @@ def data_config(
     """The data settings of a finished run, with other folders where they are given."""
     config = RankerConfig if "verbalizer" in settings else RetrieverConfig
     with reading(run_dir / CONFIG):
-        known = reread(config, {name: settings[name] for name in DATA_FLAGS})
+        known = reread(config, {name: settings[name] for name in DATA_FLAGS if name in settings})
     folders = {"data_root": data_root, "cache_root": cache_root}
     return config(**known | {name: value for name, value in folders.items() if value is not None})

@@ -18,6 +18,7 @@ import http.server
 import io
 import json
 import re
+import shlex
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -127,6 +128,16 @@ FLAGS = [
             "--best_metric NDCG@7: 7 is not among --metric_ks"),
     Mistake("cut-off 0", f"{RETRIEVE} --metric_ks 0", "--metric_ks: 0 is out of range"),
     Mistake("cut-off in words", f"{RETRIEVE} --metric_ks 5 ten", "--metric_ks: 'ten' is not a"),
+    Mistake("far too many blocks", f"{RETRIEVE} --num_blocks 100000",
+            "--num_blocks/--bert_num_blocks: 100000 is out of range; it must be at most 256"),
+    Mistake("far too large a rank", f"{RANK} --lora_r 100000", "--lora_r: 100000 is out of range"),
+    Mistake("far too many workers", f"{RETRIEVE} --num_workers 1000",
+            "--num_workers: 1000 is out of range; it must be at most 256"),
+    Mistake("far too many orders", f"{RANK} --permutations 1000000", "it must be at most 1000"),
+    Mistake("an infinite stride", f"{RETRIEVE} --sliding_window_size 1e308", "at most 1000"),
+    Mistake("no folder", f"{RETRIEVE} --export_root ''",
+            "--export_root: the name is empty"),
+    Mistake("no cache", f"{RETRIEVE} --cache_root ''", "--cache_root: the name is empty"),
     Mistake("one candidate", f"{RETRIEVE} --num_candidates 1", "--num_candidates: 1 is out of ran"),
     Mistake("resume and overwrite", f"{RETRIEVE} --resume --overwrite",
             "--resume continues the run that --overwrite replaces: choose one"),
@@ -210,7 +221,7 @@ CUSTOM_DATA = [
             "no other data set takes them"),
     Mistake("log absent", f"{CUSTOM} --interactions no.csv", "cannot read no.csv: No such file"),
     Mistake("titles absent", f"{CUSTOM} --items no.csv", "cannot read no.csv: No such file"),
-    log("a folder", None, "cannot read dir.csv: Is a directory", "dir.csv/"),
+    log("a folder", None, "dir.csv is not a regular file", "dir.csv/"),
     log("unknown format", "x", "log.xlsx: its name must end in .csv", "log.xlsx"),
     log("empty", "", "log.csv is empty"),
     log("header only", HEADER, "log.csv is empty"),
@@ -351,6 +362,8 @@ RESUME = f"{AGAIN} --resume"
 RUNS = [
     Mistake("more candidates than items", f"{CUSTOM} --num_candidates 41",
             "--num_candidates 41: custom has only 40 items"),
+    Mistake("more negatives than items", f"{CUSTOM} --negatives 2147483647",
+            "--negatives 2147483647: custom has only 40 items"),
     Mistake("run's folder is a file", f"{CUSTOM} --export_root log.csv", "cannot write log.csv: "),
     Mistake("run's folder below a file", f"{CUSTOM} --export_root log.csv/a/b",
             "cannot write log.csv/a/b: Not a directory"),
@@ -771,7 +784,7 @@ def check(mistake: Mistake, root: Path, hub: str = "") -> None:
     }
     env |= {name: value.format(hub=hub) for name, value in mistake.env.items()}
     before = snapshot(root)
-    done = run_script(*mistake.command.split(), cwd=root, env=env)
+    done = run_script(*shlex.split(mistake.command), cwd=root, env=env)
     lines = done.stderr.splitlines()
     assert done.returncode == 2, done.stdout + done.stderr
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr

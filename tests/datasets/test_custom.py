@@ -44,6 +44,16 @@ def test_every_item_needs_a_title(title: str, toy: dict[str, Path], tmp_path: Pa
         custom.source(toy["interactions"], items).read()
 
 
+def test_the_last_of_several_titles_counts(
+    toy: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    items = tmp_path / "ITEMS.CSV"
+    items.write_text(toy["items"].read_text() + 'i7,Another Story\ni8,"The i8 Story, part 8"\n')
+    assert custom.source(toy["interactions"], items).read().titles["i7"] == "Another Story"
+    printed = capsys.readouterr().err
+    assert f"note: {items}: 1 items have several titles" in printed and "item is i7" in printed
+
+
 def test_unknown_extension(tmp_path: Path):
     with pytest.raises(UserError, match=r"log\.xlsx: its name must end in \.csv"):
         custom.source(tmp_path / "log.xlsx", tmp_path / "items.csv")

@@ -78,6 +78,31 @@ def test_sequences_are_in_order_of_time_and_item():
     assert data.history_ends("train").tolist() == [1, 4]
 
 
+def test_simultaneous_interactions():
+    rows = [
+        ("a", "1", 1),
+        ("a", "3", 2),
+        ("a", "2", 2),
+        ("b", "2", 5),
+        ("b", "3", 6),
+        ("b", "1", 7),
+    ]
+    raw = RawData(frame(rows), {"1": "one", "2": "two", "3": "three"})
+    orders = {"item": [1, 2, 3, 2, 3, 1], "file": [1, 3, 2, 2, 3, 1]}
+    for ties, expected in orders.items():
+        data = build("x", raw, Filters(min_uc=3, min_sc=1, ties=ties))
+        assert data.item_ids.tolist() == expected and data.num_tied_targets == 1
+
+
+def test_low_ratings_are_pointed_out(capsys: pytest.CaptureFixture[str]):
+    rows = [("a", "1", time) for time in range(6)]
+    table = frame(rows).assign(rating=[-1.0, 0, 1, 2, 3, 4])
+    data = build("x", RawData(table, {"1": "one"}), Filters(min_sc=1))
+    assert len(data.item_ids) == 5
+    printed = capsys.readouterr().err
+    assert "note: x: dropped 1 of 6 interactions with a rating below 0" in printed
+
+
 names = st.text(min_size=1, max_size=8)
 
 

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +34,61 @@ def test_byte_order_mark_and_quotes(path: Path):
     path.write_bytes('\ufeffuser,item\n"a,b","c\nd"\n'.encode())
     table = read_columns(path, {"user": [], "item": []})
     assert table.to_dict("list") == {"user": ["a,b"], "item": ["c\nd"]}
-    path.write_text('user\titem\n"a\tb"\n')  # quotes have no meaning between tabs
-    table = read_columns(path, {"user": [], "item": []}, separator="\t")
-    assert table.to_dict("list") == {"user": ['"a'], "item": ['b"']}
+    for name in ("x.inter", "u.data"):  # here they are part of the text
+        path = path.with_name(name)
+        path.write_text('user\titem\n"a\tb"\n')
+        table = read_columns(path, {"user": [], "item": []}, separator="\t")
+        assert table.to_dict("list") == {"user": ['"a'], "item": ['b"']}
+
+
+@pytest.mark.parametrize("text", ['say "hi"', "a\tb", '"', "plain", "a,b", "two\nlines"])
+@pytest.mark.parametrize("separator", [",", "\t"])
+def test_what_pandas_writes(path: Path, separator: str, text: str):
+    path = path.with_suffix(".csv" if separator == "," else ".tsv")
+    pd.DataFrame({"user": [text, "x"], "item": ["y", text]}).to_csv(
+        path, sep=separator, index=False
+    )
+    table = read_columns(path, {"user": [], "item": []}, separator=separator)
+    assert table.to_dict("list") == {"user": [text, "x"], "item": ["y", text]}
+
+
+def test_names_in_upper_or_lower_case(path: Path):
+    path.write_text("USER, Item,item\n1,2,3\n")
+    table = read_columns(path, {"user": [], "item": []})
+    assert table.to_dict("list") == {"user": ["1"], "item": ["3"]}
+    path.write_text("User_Id,ITEM\n1,2\n")
+    table = read_columns(path, {"user": ["user_id"], "item": []})
+    assert table.to_dict("list") == {"user": ["1"], "item": ["2"]}
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later"),
+    [
+        ("2014-07-23", "2014-07-24"),
+        ("2014-07-23T18:30:00", "2014-07-23T18:30:00.5"),
+        ("2014-07-23T18:30:00+02:00", "2014-07-23T17:00:00Z"),
+        ("2014-07-23 18:30", "2014-07-23 18:31"),
+    ],
+)
+def test_dates(path: Path, earlier: str, later: str):
+    path.write_text(f"user,item,timestamp\na,1,{earlier}\na,2,{later}\na,3,{earlier}\n")
+    first, second, third = read_interactions(path, COLUMNS)["timestamp"]
+    assert first == third < second
+
+
+@pytest.mark.parametrize("wrong", ["23.07.2014", "tomorrow", "", "1406073600"])
+def test_dates_that_are_none(path: Path, wrong: str):
+    path.write_text(f"user,item,timestamp\na,1,2014-07-23\na,2,{wrong}\n")
+    with pytest.raises(UserError, match=f"row 3: timestamp '{wrong}' is neither a number nor a d"):
+        read_interactions(path, COLUMNS)
+
+
+def test_a_folder_or_pipe_is_refused(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "folder.csv").mkdir()
+    for name in ("pipe.csv", "folder.csv"):
+        with pytest.raises(UserError, match=rf"{name} is not a regular file"):
+            read_columns(tmp_path / name, {"user": []})
 
 
 def test_parquet(tmp_path: Path):
