@@ -44,6 +44,8 @@ def set_up() -> None:
     # Jagged batches hardly ever repeat a shape. oneDNN would cache up to 1,024 kernels, which
     # takes gigabytes in a long run.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    # For the same reason, blocks of GPU memory would hardly ever fit again.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     signal.signal(signal.SIGTERM, _terminate)
     prepare_streams()
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from dataloader.prompt import encode_pieces
-from dataloader.prompt_batches import Batch, pad_left, training_batches
+from dataloader.prompt_batches import Batch, BatchLimits, pad_left, training_batches
 from datasets import SequenceDataset
 
 _HISTORY = "User {user} clicked:"
@@ -115,8 +115,7 @@ class TrainingExamples(Dataset):
         prompts: the prompt builder.
         local_examples: local examples per user and epoch.
         local_items: items of a local example.
-        max_rows: maximum examples in a micro-batch.
-        max_tokens: maximum tokens in a micro-batch, including padding; ``None`` for no limit.
+        limits: how large the micro-batches get.
         seed: random seed.
     """
 
@@ -127,13 +126,11 @@ class TrainingExamples(Dataset):
         *,
         local_examples: int,
         local_items: int,
-        max_rows: int,
-        max_tokens: int | None,
+        limits: BatchLimits,
         seed: int,
     ) -> None:
         self.data, self.prompts = data, prompts
-        self.local_items, self.seed = local_items, seed
-        self.max_rows, self.max_tokens = max_rows, max_tokens
+        self.local_items, self.limits, self.seed = local_items, limits, seed
         lengths = data.history_ends("train") - data.offsets[:-1]
         self.users = np.repeat(np.flatnonzero(lengths > 1), 1 + local_examples)
         self.is_global = np.arange(len(self.users)) % (1 + local_examples) == 0
@@ -171,8 +168,7 @@ class TrainingExamples(Dataset):
             np.array(num_targets),
             self.users[np.asarray(numbers) % len(self)],
             pad_id=self.prompts.eos_id,
-            max_rows=self.max_rows,
-            max_tokens=self.max_tokens,
+            limits=self.limits,
         )
 
 

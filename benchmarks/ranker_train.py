@@ -61,7 +61,7 @@ from benchmarks.memory import in_own_process, peak_mib, rss_mib
 from config import RankerConfig, ranker_preset
 from dataloader.guided_titles import GuidedDocuments
 from dataloader.prompt import RESPONSE_TOKENS
-from dataloader.prompt_batches import IGNORE_INDEX, TrainingPrompts, pad_left
+from dataloader.prompt_batches import IGNORE_INDEX, BatchLimits, TrainingPrompts, pad_left
 from dataloader.retriever_prior import ItemScores, RetrieverPrior
 from dataloader.title_batches import pad_right
 from dataloader.title_prompt import HEADING, TitlePrompts
@@ -70,7 +70,7 @@ from model.guided_titles import add_prior_weights, guided_loss
 from model.language_model import (
     add_lora,
     load_causal_lm,
-    needs_checkpointing,
+    plan_activations,
     recompute_activations,
 )
 from model.verbalizer import response_loss
@@ -123,7 +123,8 @@ def build_model(work: Work, recipe: str) -> PeftModel:
     )
     if recipe == PUBLISHED:
         use_stock_modules(model)
-    if recipe == PUBLISHED or needs_checkpointing(model, work.setup.max_tokens):
+    max_tokens = work.setup.max_tokens
+    if recipe == PUBLISHED or plan_activations(model, max_tokens, max_tokens)[1]:
         recompute_activations(model)
     return model
 
@@ -195,8 +196,7 @@ class Letters(Training):
             build_prompts(work.setup, work.data.titles),
             num_negatives=config.llm_negative_sample_size,
             max_history=config.llm_max_history,
-            max_rows=work.batch_size,
-            max_tokens=work.setup.max_tokens,
+            limits=BatchLimits(work.batch_size, work.setup.max_tokens),
             eos_id=self.eos_id,
             on_inputs=False,
             seed=0,
@@ -246,8 +246,7 @@ class Titles(Training):
         self.examples = GuidedDocuments(
             data,
             prompts,
-            max_rows=work.batch_size,
-            max_tokens=work.setup.max_tokens,
+            limits=BatchLimits(work.batch_size, work.setup.max_tokens),
             pad_id=self.eos_id,
         )
         rng = np.random.default_rng(0)

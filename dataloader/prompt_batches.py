@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,8 +14,22 @@ from datasets.base import SequenceDataset
 
 Batch = dict[str, Any]
 IGNORE_INDEX = -100  # target of positions that cross-entropy ignores
-# Padding tokens that a further micro-batch must save, because its fixed cost is about as high.
-GROUP_TOKENS = 128
+
+
+class BatchLimits(NamedTuple):
+    """How large micro-batches get.
+
+    Attributes:
+        max_rows: maximum number of sequences in a micro-batch.
+        max_tokens: maximum number of tokens in a micro-batch, with padding, or None; a sequence
+            that is longer forms a micro-batch of its own.
+        fixed_tokens: what a micro-batch costs besides its tokens, in tokens. It is the padding that
+            a further micro-batch must save.
+    """
+
+    max_rows: int
+    max_tokens: int | None = None
+    fixed_tokens: int = 128
 
 
 def pad_left(sequences: list[np.ndarray], pad_id: int) -> Batch:
@@ -52,14 +66,15 @@ def sample_negatives(
     return rng.choice(pool, min(size, len(pool)), replace=False)
 
 
-def micro_batches(lengths: np.ndarray, max_rows: int, max_tokens: int | None) -> list[np.ndarray]:
+def micro_batches(lengths: np.ndarray, limits: BatchLimits) -> list[np.ndarray]:
     """Group sequences into padded micro-batches at the lowest cost.
 
-    A micro-batch of r sequences, padded to l tokens, costs r l + ``GROUP_TOKENS``. Let the lengths
-    be sorted, l[0] >= l[1] >= ..., and let cost[n] be the lowest cost of the first n sequences::
+    A micro-batch of r sequences, padded to l tokens, costs r l + f, with f the
+    ``fixed_tokens``. Let the lengths be sorted, l[0] >= l[1] >= ..., and let cost[n] be the lowest
+    cost of the first n sequences::
 
         cost[0] = 0
-        cost[n] = min over s < n of  cost[s] + (n - s) l[s] + GROUP_TOKENS
+        cost[n] = min over s < n of  cost[s] + (n - s) l[s] + f
 
     where the sequences s to n - 1 form the last micro-batch, which must respect the limits.
 
@@ -70,13 +85,12 @@ def micro_batches(lengths: np.ndarray, max_rows: int, max_tokens: int | None) ->
 
     Args:
         lengths: (n,) tokens in each sequence.
-        max_rows: maximum number of sequences in a micro-batch.
-        max_tokens: maximum number of tokens in a micro-batch, with padding, or None; a sequence
-            that is longer forms a micro-batch of its own.
+        limits: how large the micro-batches get.
 
     Returns:
         Indices of the sequences in each micro-batch, longest sequences first.
     """
+    max_rows, max_tokens, fixed_tokens = limits
     order = np.argsort(-lengths, kind="stable")
     ordered = lengths[order]
     costs, starts = [0], [0]  # cost[n] and the s that gives it, the largest if there are several
@@ -86,7 +100,7 @@ def micro_batches(lengths: np.ndarray, max_rows: int, max_tokens: int | None) ->
             tokens = int(ordered[start]) * (end - start)
             if max_tokens is not None and tokens > max_tokens and end - start > 1:
                 break  # the micro-batch only grows from here
-            options.append((costs[start] + tokens + GROUP_TOKENS, start))
+            options.append((costs[start] + tokens + fixed_tokens, start))
         cost, start = min(options, key=lambda option: option[0])
         costs.append(cost)
         starts.append(start)
@@ -103,8 +117,7 @@ def training_batches(
     users: np.ndarray,
     *,
     pad_id: int,
-    max_rows: int,
-    max_tokens: int | None,
+    limits: BatchLimits,
 ) -> list[Batch]:
     """Assemble the micro-batches of one optimizer step.
 
@@ -113,8 +126,7 @@ def training_batches(
         num_targets: (n,) number of tokens at the end of each sequence that are trained on.
         users: (n,) user of each sequence.
         pad_id: token id of the padding.
-        max_rows: see ``micro_batches``.
-        max_tokens: see ``micro_batches``.
+        limits: how large the micro-batches get.
 
     Returns:
         Micro-batches, longest sequences first, with ``input_ids`` and ``attention_mask`` (B, L);
@@ -124,7 +136,7 @@ def training_batches(
     """
     lengths = np.array([len(x) for x in sequences])
     batches = []
-    for group in micro_batches(lengths, max_rows, max_tokens):
+    for group in micro_batches(lengths, limits):
         batch = pad_left([sequences[i] for i in group], pad_id)
         size = int(num_targets[group].max())
         untrained = np.arange(size) < size - num_targets[group, None]
@@ -152,8 +164,7 @@ class TrainingPrompts(Dataset):
         num_negatives: number of candidates in addition to the target.
         hard_negatives: (examples, k) items that each prompt must contain, padded with 0.
         max_history: maximum number of items in the history.
-        max_rows: maximum number of prompts in a micro-batch.
-        max_tokens: maximum number of tokens in a micro-batch, or None.
+        limits: how large the micro-batches get.
         eos_id: id of the token that ends the response, also used as padding.
         on_inputs: whether the loss covers the prompt as well as the response.
         seed: seed of the negatives and of the candidates' order.
@@ -167,8 +178,7 @@ class TrainingPrompts(Dataset):
         num_negatives: int,
         hard_negatives: np.ndarray | None = None,
         max_history: int,
-        max_rows: int,
-        max_tokens: int | None = None,
+        limits: BatchLimits,
         eos_id: int,
         on_inputs: bool,
         seed: int,
@@ -176,8 +186,7 @@ class TrainingPrompts(Dataset):
         self.item_ids, self.num_items = data.item_ids, data.num_items
         self.prompts, self.num_negatives, self.max_history = prompts, num_negatives, max_history
         self.hard_negatives = hard_negatives
-        self.max_rows, self.max_tokens = max_rows, max_tokens
-        self.eos_id, self.on_inputs, self.seed = eos_id, on_inputs, seed
+        self.limits, self.eos_id, self.on_inputs, self.seed = limits, eos_id, on_inputs, seed
         self.starts, self.ends = data.training_prefixes()
         self.users = np.searchsorted(data.offsets, self.starts, side="right") - 1
 
@@ -214,8 +223,7 @@ class TrainingPrompts(Dataset):
             lengths - 1 if self.on_inputs else np.full_like(lengths, RESPONSE_TOKENS),
             self.users[np.asarray(numbers) % len(self)],
             pad_id=self.eos_id,
-            max_rows=self.max_rows,
-            max_tokens=self.max_tokens,
+            limits=self.limits,
         )
 
 

@@ -25,7 +25,7 @@ import torch
 from torch.utils.data import Dataset
 
 from dataloader.candidates import Candidates
-from dataloader.prompt_batches import micro_batches
+from dataloader.prompt_batches import BatchLimits, micro_batches
 from dataloader.title_prompt import TitlePrompts
 from datasets.base import SequenceDataset
 
@@ -52,8 +52,7 @@ class TitleDocuments(Dataset):
     Args:
         data: the data set.
         prompts: tokenizes the titles.
-        max_rows: maximum number of documents in a micro-batch.
-        max_tokens: maximum number of tokens in a micro-batch, with padding, or None.
+        limits: how large the micro-batches get.
         pad_id: token id of the padding.
     """
 
@@ -62,12 +61,11 @@ class TitleDocuments(Dataset):
         data: SequenceDataset,
         prompts: TitlePrompts,
         *,
-        max_rows: int,
-        max_tokens: int | None,
+        limits: BatchLimits,
         pad_id: int,
     ) -> None:
         self.item_ids, self.prompts = data.item_ids, prompts
-        self.max_rows, self.max_tokens, self.pad_id = max_rows, max_tokens, pad_id
+        self.limits, self.pad_id = limits, pad_id
         size = prompts.max_history + 1
         stride = max(size // 2, 1)
         windows = []
@@ -101,7 +99,7 @@ class TitleDocuments(Dataset):
         lengths = np.array([len(ids) for ids, _ in documents])
         counts = np.array([self.num_targets(index) for index in indices])
         batches = []
-        for group in micro_batches(lengths, self.max_rows, self.max_tokens):
+        for group in micro_batches(lengths, self.limits):
             input_ids = pad_right([documents[i][0] for i in group], self.pad_id)
             targets = self.targets(indices[group], [documents[i] for i in group], input_ids)
             batches.append(

@@ -28,6 +28,7 @@ from storage import atomic_folder, describe, reading
 
 OWN = "prior_weights.safetensors"
 PROBE_TOKENS = 64
+BFLOAT16_CAPABILITY = (8, 0)  # compute capability of the first GPUs that have it
 # Share of the free memory for activations; gradients, temporaries and fragmentation need the rest.
 MEMORY_SHARE = 0.8
 
@@ -37,10 +38,12 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """Load a causal language model in bfloat16, or in NF4 with double quantization (QLoRA).
 
+    GPUs without bfloat16 compute in float32.
+
     Args:
         folder: folder of the model.
         device: device of the weights.
-        in_4bit: quantize the linear layers to NF4 and compute in bfloat16.
+        in_4bit: quantize the linear layers to NF4.
         fused_kernels: use Liger's kernels on CUDA, see ``use_fused_kernels``.
 
     Raises:
@@ -48,16 +51,17 @@ def load_causal_lm(
     """
     if device.type == "cuda":  # cuDNN plans its attention for each new shape, and most are new
         torch.backends.cuda.enable_cudnn_sdp(False)
+    dtype = computing_dtype(device)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
     )
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=torch.bfloat16,
+            dtype=dtype,
             device_map={"": device},
             quantization_config=quantization if in_4bit else None,
             local_files_only=True,
@@ -75,6 +79,15 @@ def load_causal_lm(
     if fused_kernels:
         use_fused_kernels(model)
     return cast(PreTrainedModel, model)
+
+
+def computing_dtype(device: torch.device) -> torch.dtype:
+    """Return bfloat16, or float32 on GPUs that only emulate it, which is pointed out."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= BFLOAT16_CAPABILITY:
+        return torch.bfloat16
+    name = torch.cuda.get_device_name(device)
+    print(f"note: {name} has no bfloat16: computing in float32, which takes twice the memory")
+    return torch.float32
 
 
 def _keep_differentiable(model: PreTrainedModel) -> None:
@@ -198,23 +211,30 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
                 parameter.copy_(values[name])
 
 
-def needs_checkpointing(model: PeftModel, max_tokens: int) -> bool:
-    """Return whether activations must be recomputed to fit in memory, and print why.
+def plan_activations(model: PeftModel, max_tokens: int, least_tokens: int) -> tuple[int, bool]:
+    """Decide how many tokens to train on at once, and whether to recompute activations.
+
+    Activations are only recomputed if those of ``least_tokens`` do not fit in memory. The decision
+    is printed.
 
     Args:
         model: causal language model with adapters, on its device.
-        max_tokens: tokens in the largest training batch.
+        max_tokens: most tokens in a micro-batch, if they fit.
+        least_tokens: most tokens in a micro-batch in any case, at most ``max_tokens``.
+
+    Returns:
+        The tokens, from ``least_tokens`` to ``max_tokens``, and whether to recompute.
     """
-    per_token = activation_bytes_per_token(model)
-    free = free_bytes(model.device)
-    needed = per_token * max_tokens > MEMORY_SHARE * free
+    per_token, free = activation_bytes_per_token(model), free_bytes(model.device)
+    fitting = int(MEMORY_SHARE * free / per_token)
+    recompute = fitting < min(least_tokens, max_tokens)
+    tokens = max_tokens if recompute else min(fitting, max_tokens)
     print(
-        f"activations: {per_token / 2**20:.2f} MiB per token, "
-        f"{per_token * max_tokens / 2**30:.1f} GiB for {max_tokens:,} tokens, "
-        f"{free / 2**30:.1f} GiB free: "
-        f"{'gradient checkpointing' if needed else 'no gradient checkpointing'}"
+        f"activations: {per_token / 2**20:.2f} MiB per token, {free / 2**30:.1f} GiB free: "
+        f"at most {tokens:,} tokens at once, "
+        f"{'gradient checkpointing' if recompute else 'no gradient checkpointing'}"
     )
-    return needed
+    return tokens, recompute
 
 
 def activation_bytes_per_token(model: PeftModel) -> float:

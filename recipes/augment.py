@@ -21,6 +21,7 @@ from augmentation.generation import GeneratedText, build_catalogue, generate, re
 from augmentation.merge import AUGMENTED_FILE, Interactions, merge, save_augmented
 from augmentation.prompts import GenerationPrompts, IdPrompts, TrainingExamples
 from config import AugmentationConfig
+from dataloader.prompt_batches import BatchLimits
 from dataloader.sampler import ShuffledBatches
 from datasets import SequenceDataset
 from errors import advice
@@ -30,7 +31,7 @@ from model.verbalizer import response_loss
 from recipes.language_model import LanguageModel
 from recipes.runs import FROM_SCRATCH, is_finished, other_run_explained
 from recipes.training import build_trainer, close_run, loop_settings, open_run
-from recipes.tuning import load_with_adapters, tuning_advice
+from recipes.tuning import batch_limits, fit_memory, load_with_adapters, tuning_advice
 from storage import atomic_folder, atomic_path, write_json
 from trainer.loop import LoopSettings, Metrics
 from trainer.optimization import make_accelerator
@@ -182,19 +183,12 @@ def tune(
     model: PeftModel,
 ) -> None:
     """Tune the adapters on users' training items and save the best."""
-    max_rows = config.lora_micro_batch_size or config.train_batch_size
-    examples = training_examples(
-        config, data, prompts, language_model, seed=config.seed, max_rows=max_rows
-    )
+    language_model = fit_memory(model, language_model, config)
+    limits = batch_limits(config, language_model)
+    examples = training_examples(config, data, prompts, limits, seed=config.seed)
     # Validation uses other samples of the same training items: no held-out item is read.
-    val_examples = training_examples(
-        config,
-        data,
-        prompts,
-        language_model,
-        seed=config.seed + 1,
-        max_rows=config.val_batch_size,
-    )
+    val_limits = limits._replace(max_rows=config.val_batch_size)
+    val_examples = training_examples(config, data, prompts, val_limits, seed=config.seed + 1)
     sampler = ShuffledBatches(len(examples), config.train_batch_size, config.seed)
     trainer = build_trainer(
         config,
@@ -234,10 +228,9 @@ def training_examples(
     config: AugmentationConfig,
     data: SequenceDataset,
     prompts: IdPrompts,
-    language_model: LanguageModel,
+    limits: BatchLimits,
     *,
     seed: int,
-    max_rows: int,
 ) -> TrainingExamples:
     """Training examples from samples of users' training items."""
     return TrainingExamples(
@@ -245,8 +238,7 @@ def training_examples(
         prompts,
         local_examples=config.local_examples,
         local_items=config.local_items,
-        max_rows=max_rows,
-        max_tokens=language_model.max_tokens,
+        limits=limits,
         seed=seed,
     )
 

@@ -30,7 +30,7 @@ from model.language_model import load_adapter, save_adapter
 from recipes.language_model import LanguageModel
 from recipes.runs import FROM_SCRATCH, is_finished
 from recipes.training import build_trainer, close_run, loop_settings, metrics_table, open_run
-from recipes.tuning import load_with_adapters, tuning_advice
+from recipes.tuning import batch_limits, fit_memory, load_with_adapters, tuning_advice
 from recipes.verbalizers import Verbalizer, build_verbalizer
 from storage import read_json, write_arrays, write_json
 from trainer.loop import LoopSettings, Metrics, Trainer
@@ -101,18 +101,22 @@ def set_up(
 ) -> tuple[Trainer, Evaluator]:
     """Build everything that training needs, and open the run's folder."""
     accelerator = make_accelerator(config.device, config.seed)
-    settings = ranker_loop(config, language_model)
     verbalizer = build_verbalizer(
         config, data, candidates, language_model, accelerator.device, prompts
     )
     sampler = ShuffledBatches(verbalizer.num_examples, config.train_batch_size, config.seed)
-    seen = sampler.first_examples(settings.total_steps(len(sampler)))
+    total_steps = ranker_loop(config, language_model).total_steps(len(sampler))
+    seen = sampler.first_examples(total_steps)
     examples = verbalizer.training_examples(seen)
     model = load_model(language_model, config, accelerator)
+    language_model = fit_memory(model, language_model, config)
+    examples.limits = batch_limits(config, language_model)
+    settings = ranker_loop(config, language_model)
     evaluator = Evaluator(config, model, run.path / ADAPTER, candidates, verbalizer)
     resolved = {
+        "tokens_per_batch": language_model.max_tokens,
         "gradient_checkpointing": model.is_gradient_checkpointing,
-        "total_steps": settings.total_steps(len(sampler)),
+        "total_steps": total_steps,
     }
     trainer = build_trainer(
         config,

@@ -8,16 +8,22 @@ from accelerate import Accelerator
 from peft import PeftModel
 
 from config import LanguageModelConfig
+from dataloader.prompt_batches import BatchLimits
 from errors import flag_names
 from model.language_model import (
     add_lora,
     load_causal_lm,
-    needs_checkpointing,
+    plan_activations,
     recompute_activations,
 )
 from recipes.language_model import LanguageModel
 from recipes.runs import FROM_SCRATCH
 from trainer.loop import Advice
+
+LEAST_TOKENS = 2048  # below this, micro-batches on CUDA are too small to be efficient
+# Cost of a micro-batch besides its tokens: calls on the CPU, and on CUDA the quantized weights,
+# which each micro-batch converts anew. An estimate for Llama-2-7B in NF4; not measured.
+FIXED_TOKENS = {"cpu": 128, "cuda": 512}
 
 
 def load_with_adapters(
@@ -47,12 +53,43 @@ def load_with_adapters(
             dropout=config.lora_dropout,
             target_modules=config.lora_target_modules,
         )
-    recompute = config.gradient_checkpointing == "true"
+    return model
+
+
+def fit_memory(
+    model: PeftModel, language_model: LanguageModel, config: LanguageModelConfig
+) -> LanguageModel:
+    """Decide how the activations of a micro-batch fit in memory.
+
+    On CUDA, micro-batches become smaller unless the flags set their size. Where that would make
+    them too small to be efficient, and on the CPU, activations are recomputed instead: there the
+    size of micro-batches, and so the rounding, must not depend on what else the machine does.
+
+    Args:
+        model: the model, on its device.
+        language_model: its description.
+        config: all settings.
+
+    Returns:
+        The description with the tokens per micro-batch that fit.
+    """
+    max_tokens, recompute = language_model.max_tokens, config.gradient_checkpointing == "true"
     if config.gradient_checkpointing == "auto":
-        recompute = needs_checkpointing(model, language_model.max_tokens)
+        may_shrink = language_model.device == "cuda" and config.tokens_per_batch is None
+        least = max(LEAST_TOKENS, config.llm_max_text_len) if may_shrink else max_tokens
+        max_tokens, recompute = plan_activations(model, max_tokens, least)
     if recompute:
         recompute_activations(model)
-    return model
+    return language_model._replace(max_tokens=max_tokens)
+
+
+def batch_limits(config: LanguageModelConfig, language_model: LanguageModel) -> BatchLimits:
+    """How large micro-batches get in training."""
+    return BatchLimits(
+        max_rows=config.lora_micro_batch_size or config.train_batch_size,
+        max_tokens=language_model.max_tokens,
+        fixed_tokens=FIXED_TOKENS[language_model.device],
+    )
 
 
 def tuning_advice(language_model: LanguageModel) -> Advice:

@@ -47,6 +47,7 @@ from model.title_likelihood import title_loss, title_scores
 from model.verbalizer import response_loss
 from recipes.language_model import LanguageModel
 from recipes.out_of_fold import evaluation_prior, training_prior
+from recipes.tuning import batch_limits
 
 RETRIEVER_BATCH_SIZE = 256
 CATALOGUE_CHUNK = 32  # titles scored behind one heading
@@ -87,7 +88,7 @@ class Verbalizer(ABC):
         """Training examples per epoch."""
 
     @abstractmethod
-    def training_examples(self, seen: np.ndarray) -> Dataset:
+    def training_examples(self, seen: np.ndarray) -> TrainingPrompts | TitleDocuments:
         """Training examples, of which only the ones with the indices ``seen`` (n,) are used."""
 
     @abstractmethod
@@ -176,8 +177,7 @@ class Letters(Verbalizer):
             num_negatives=config.llm_negative_sample_size,
             hard_negatives=retrieved_negatives(config, self.data, seen, self.device),
             max_history=config.llm_max_history,
-            max_rows=config.lora_micro_batch_size or config.train_batch_size,
-            max_tokens=self.language_model.max_tokens,
+            limits=batch_limits(config, self.language_model),
             eos_id=self.language_model.eos_id,
             on_inputs=config.llm_train_on_inputs,
             seed=config.seed,
@@ -235,8 +235,7 @@ class _Titles(Verbalizer):
         return self.documents_class(
             self.data,
             self.prompts,
-            max_rows=self.config.lora_micro_batch_size or self.config.train_batch_size,
-            max_tokens=self.language_model.max_tokens,
+            limits=batch_limits(self.config, self.language_model),
             pad_id=self.language_model.eos_id,
         )
 

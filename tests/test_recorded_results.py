@@ -50,7 +50,7 @@ from config import RetrieverConfig
 from dataloader.candidates import Candidates, load_candidates
 from dataloader.guided_titles import GuidedCandidates, GuidedDocuments
 from dataloader.prompt import PromptBuilder
-from dataloader.prompt_batches import EvaluationPrompts, TrainingPrompts
+from dataloader.prompt_batches import BatchLimits, EvaluationPrompts, TrainingPrompts
 from dataloader.retriever_prior import ItemScores, RetrieverPrior
 from dataloader.sampler import ShuffledBatches, evaluation_loader
 from dataloader.sequences import Histories, MaskedWindows, Prefixes, TrainingWindows
@@ -226,7 +226,7 @@ def make_prompts(data: SequenceDataset) -> PromptBuilder:
 
 def training_prompts(data: SequenceDataset, **options: Any) -> TrainingPrompts:
     arguments: dict[str, Any] = {
-        "num_negatives": 4, "max_history": 5, "max_rows": 3, "max_tokens": 450, "eos_id": EOS,
+        "num_negatives": 4, "max_history": 5, "limits": BatchLimits(3, 450), "eos_id": EOS,
         "on_inputs": False, "seed": 42,
     }  # fmt: skip
     return TrainingPrompts(data, make_prompts(data), **(arguments | options))
@@ -347,7 +347,7 @@ def guided_title_results(folder: Path) -> Results:
     save_llama(folder)
     data = make_data()
     prompts = TitlePrompts(make_tokenizer(), data.titles, max_history=5, max_text_len=500)
-    documents = GuidedDocuments(data, prompts, max_rows=3, max_tokens=300, pad_id=EOS)
+    documents = GuidedDocuments(data, prompts, limits=BatchLimits(3, 300), pad_id=EOS)
     rng = np.random.default_rng(0)
 
     def prior(keys: np.ndarray) -> RetrieverPrior:
@@ -408,7 +408,7 @@ def augmentation_results(folder: Path) -> Results:
         max_text_len=80, max_response_len=12,
     )  # fmt: skip
     examples = TrainingExamples(
-        data, prompts, local_examples=3, local_items=6, max_rows=3, max_tokens=200, seed=42
+        data, prompts, local_examples=3, local_items=6, limits=BatchLimits(3, 200), seed=42
     )
     model: Any = RecordingModel()
     generate(

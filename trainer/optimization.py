@@ -30,6 +30,8 @@ def make_accelerator(device: str | None, seed: int) -> Accelerator:
     torch.backends.cudnn.allow_tf32 = False  # only NARM's GRU would be affected
     # No other accelerators: some cannot compute the complex recurrence of LRURec.
     accelerator = Accelerator(cpu=not use_cuda(device))
+    if accelerator.device.type == "cuda" and torch.cuda.device_count() > 1:
+        print(f"note: {torch.cuda.device_count()} GPUs are visible, of which a run uses the first")
     set_seed(seed)
     return accelerator
 

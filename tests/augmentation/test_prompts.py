@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from augmentation.prompts import GenerationPrompts, IdPrompts, TrainingExamples, training_history
-from dataloader.prompt_batches import IGNORE_INDEX
+from dataloader.prompt_batches import IGNORE_INDEX, BatchLimits
 from datasets import SequenceDataset
 from tests.augmentation.helpers import EOS, make_prompts, shift_held_out
 from tests.helpers import make_data, read_tokenizer
@@ -56,7 +56,7 @@ def test_long_responses_lose_their_last_items(prompts: IdPrompts, data: Sequence
 
 def make_examples(data: SequenceDataset, prompts: IdPrompts) -> TrainingExamples:
     return TrainingExamples(
-        data, prompts, local_examples=4, local_items=6, max_rows=4, max_tokens=None, seed=0
+        data, prompts, local_examples=4, local_items=6, limits=BatchLimits(4), seed=0
     )
 
 

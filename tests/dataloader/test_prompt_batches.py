@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from dataloader import prompt_batches
 from dataloader.candidates import Candidates
 from dataloader.prompt import PromptBuilder
 from dataloader.prompt_batches import (
     IGNORE_INDEX,
+    BatchLimits,
     EvaluationPrompts,
     TrainingPrompts,
     micro_batches,
@@ -33,8 +33,8 @@ def prompts(tiny_llama: Path) -> PromptBuilder:
 
 def training_prompts(prompts: PromptBuilder, **options: Any) -> TrainingPrompts:
     arguments = {
-        "num_negatives": 4, "max_history": 5, "max_rows": 3, "eos_id": EOS, "on_inputs": False,
-        "seed": 0,
+        "num_negatives": 4, "max_history": 5, "limits": BatchLimits(3), "eos_id": EOS,
+        "on_inputs": False, "seed": 0,
     }  # fmt: skip
     return TrainingPrompts(make_data(LENGTHS), prompts, **(arguments | options))
 
@@ -68,8 +68,11 @@ def test_fewer_negatives_if_few_items_are_left():
 # Micro-batches ----------------------------------------------------------------------------------
 
 
+FIXED = 20
+
+
 def cost(groups: list[list[int]]) -> int:
-    return sum(max(group) * len(group) + prompt_batches.GROUP_TOKENS for group in groups)
+    return sum(max(group) * len(group) + FIXED for group in groups)
 
 
 def partitions(items: list[int]) -> list[list[list[int]]]:
@@ -86,12 +89,11 @@ def partitions(items: list[int]) -> list[list[list[int]]]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_micro_batches_have_the_lowest_cost(seed: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(prompt_batches, "GROUP_TOKENS", 20)
+def test_micro_batches_have_the_lowest_cost(seed: int):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(10, 100, size=int(rng.integers(1, 8)))
     max_rows, max_tokens = int(rng.integers(1, 6)), int(rng.integers(50, 400))
-    groups = micro_batches(lengths, max_rows, max_tokens)
+    groups = micro_batches(lengths, BatchLimits(max_rows, max_tokens, FIXED))
     assert sorted(np.concatenate(groups)) == list(range(len(lengths)))
     assert (np.diff(lengths[np.concatenate(groups)]) <= 0).all()
 
@@ -106,14 +108,14 @@ def test_micro_batches_have_the_lowest_cost(seed: int, monkeypatch: pytest.Monke
 
 def test_micro_batches_without_a_limit_of_tokens():
     lengths = np.array([10, 500, 499, 12])
-    groups = micro_batches(lengths, max_rows=4, max_tokens=None)
+    groups = micro_batches(lengths, BatchLimits(4))
     assert [group.tolist() for group in groups] == [[1, 2], [3, 0]]
 
 
 def test_targets_and_weights_of_micro_batches():
     sequences = [np.array(x) for x in ([5, 6, 7, 8], [9, 9], [3, 4, 5])]
     first, second = training_batches(
-        sequences, np.array([3, 1, 2]), np.array([7, 8, 9]), pad_id=1, max_rows=2, max_tokens=None
+        sequences, np.array([3, 1, 2]), np.array([7, 8, 9]), pad_id=1, limits=BatchLimits(2)
     )
     assert first["input_ids"].tolist() == [[5, 6, 7, 8], [1, 3, 4, 5]]
     assert first["targets"].tolist() == [[6, 7, 8], [IGNORE_INDEX, 4, 5]]
@@ -181,11 +183,9 @@ def test_hard_negatives_are_always_included(prompts: PromptBuilder):
 
 
 @pytest.mark.parametrize("on_inputs", [False, True])
-def test_training_batches_hold_prompts_and_responses(
-    prompts: PromptBuilder, on_inputs: bool, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(prompt_batches, "GROUP_TOKENS", 10**6)  # few micro-batches
-    examples = training_prompts(prompts, on_inputs=on_inputs)
+def test_training_batches_hold_prompts_and_responses(prompts: PromptBuilder, on_inputs: bool):
+    few = BatchLimits(3, fixed_tokens=10**6)
+    examples = training_prompts(prompts, on_inputs=on_inputs, limits=few)
     numbers = [0, 3, 4, 5, 6, 7, 8, 9]  # 9 is example 0 in the next epoch
     batches = examples.__getitems__(numbers)
     rows = [len(batch["input_ids"]) for batch in batches]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dataloader.candidates import Candidates
+from dataloader.prompt_batches import BatchLimits
 from dataloader.title_batches import CandidateTitles, CatalogueTitles, TitleDocuments, branch_batch
 from dataloader.title_prompt import TitlePrompts
 from datasets import SequenceDataset
@@ -21,7 +22,7 @@ def prompts(tiny_llama: Path, toy_data: SequenceDataset) -> TitlePrompts:
 
 
 def documents_of(data: SequenceDataset, prompts: TitlePrompts, **limits: int) -> TitleDocuments:
-    return TitleDocuments(data, prompts, **{"max_rows": 8, "max_tokens": 400, **limits}, pad_id=1)
+    return TitleDocuments(data, prompts, limits=BatchLimits(8, 400)._replace(**limits), pad_id=1)
 
 
 def test_every_training_item_is_a_target_once(prompts: TitlePrompts):

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from dataloader.candidates import Candidates
 from dataloader.guided_titles import GuidedCandidates, GuidedDocuments
+from dataloader.prompt_batches import BatchLimits
 from dataloader.retriever_prior import ItemScores, RetrieverPrior
 from dataloader.title_prompt import TitlePrompts
 from dataloader.title_trie import TitleTrie
@@ -155,7 +156,7 @@ def test_order_of_the_candidates_changes_no_bit(
 def test_streamed_targets_equal_separate_texts(
     model: nn.Module, toy_data: SequenceDataset, prompts: TitlePrompts, trie: TitleTrie
 ):
-    documents = GuidedDocuments(toy_data, prompts, max_rows=4, max_tokens=300, pad_id=1)
+    documents = GuidedDocuments(toy_data, prompts, limits=BatchLimits(4, 300), pad_id=1)
     prior = make_prior(documents.interactions(np.arange(len(documents))), toy_data.num_items)
     documents.prior = prior
     numbers = [0, 9, 25]
@@ -185,7 +186,7 @@ def test_streamed_targets_equal_separate_texts(
 def test_every_training_item_but_the_first_is_a_target_once(
     toy_data: SequenceDataset, prompts: TitlePrompts, trie: TitleTrie
 ):
-    documents = GuidedDocuments(toy_data, prompts, max_rows=4, max_tokens=300, pad_id=1)
+    documents = GuidedDocuments(toy_data, prompts, limits=BatchLimits(4, 300), pad_id=1)
     found = documents.interactions(np.arange(len(documents)))
     assert found.tolist() == toy_data.training_prefixes()[1].tolist()
     assert all(documents.num_targets(index) > 0 for index in range(len(documents)))

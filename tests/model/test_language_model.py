@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from errors import ArgumentError, InputError
 from model import cpu_attention
 from model.language_model import (
+    MEMORY_SHARE,
     activation_bytes_per_token,
     add_lora,
+    computing_dtype,
     load_adapter,
     load_causal_lm,
-    needs_checkpointing,
+    plan_activations,
     recompute_activations,
     save_adapter,
 )
@@ -236,10 +238,32 @@ def test_activations_are_measured(tiny_llama: Path):
     assert activation_bytes_per_token(adapted(tiny_llama, dropout=0.1)) > per_token
 
 
-def test_checkpointing_is_chosen_by_memory(tiny_llama: Path, capsys: pytest.CaptureFixture):
+def test_memory_decides_what_is_trained_on_at_once(
+    tiny_llama: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
     model = adapted(tiny_llama)
-    assert not needs_checkpointing(model, 100)
-    assert needs_checkpointing(model, 10**12)
-    fits, exceeds = capsys.readouterr().out.splitlines()
-    assert fits.endswith(" GiB free: no gradient checkpointing")
-    assert exceeds.endswith(" GiB free: gradient checkpointing")
+    per_token = activation_bytes_per_token(model)
+    monkeypatch.setattr(
+        "model.language_model.free_bytes", lambda _: int(1000.5 * per_token / MEMORY_SHARE)
+    )
+    assert plan_activations(model, 900, 900) == (900, False)
+    assert plan_activations(model, 1600, 400) == (1000, False)
+    assert plan_activations(model, 1600, 1600) == (1600, True)
+    assert plan_activations(model, 1600, 1200) == (1600, True)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].endswith("at most 1,000 tokens at once, no gradient checkpointing")
+    assert lines[2].endswith("at most 1,600 tokens at once, gradient checkpointing")
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float32"), ((8, 0), "bfloat16")])
+def test_gpus_without_bfloat16(
+    capability: tuple[int, int],
+    dtype: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "T4")
+    assert computing_dtype(torch.device("cuda")) == getattr(torch, dtype)
+    printed = capsys.readouterr().out
+    assert printed.startswith("note: T4 has no bfloat16") if dtype == "float32" else not printed

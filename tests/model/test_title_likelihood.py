@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from dataloader.prompt_batches import BatchLimits
 from dataloader.title_batches import TitleDocuments, branch_batch
 from dataloader.title_prompt import TitlePrompts
 from datasets import SequenceDataset
@@ -70,7 +71,7 @@ def test_order_of_the_candidates_changes_no_bit(
 def test_streamed_targets_equal_separate_texts(
     stock: nn.Module, toy_data: SequenceDataset, prompts: TitlePrompts
 ):
-    documents = TitleDocuments(toy_data, prompts, max_rows=4, max_tokens=300, pad_id=1)
+    documents = TitleDocuments(toy_data, prompts, limits=BatchLimits(4, 300), pad_id=1)
     numbers = [0, 9, 25]
     loss = sum(
         title_loss(stock, batch) * batch["weight"] for batch in documents.__getitems__(numbers)
