@@ -29,8 +29,9 @@ candidates = pd.read_parquet("candidates.parquet")
 ## The retriever
 
 `retriever.pt2` is a `torch.export` program. It takes histories of item numbers, oldest first, as
-rows of $max_len int64 padded with 0 on the left, and returns a score for every item number. Column
-0 is not an item. $masking
+rows of $max_len int64 padded with 0 on the left, and returns a score for every item number; column 0
+is not an item.
+$masking
 
 ```python
 import torch
@@ -50,10 +51,10 @@ It was traced on a CPU; `torch.export.passes.move_to_device_pass(exported, "cuda
 """)
 
 MASKED = (
-    "The items of a row score minus infinity;\nif a history is longer, exclude its older items "
-    "yourself."
+    "The items of a row have a score of minus infinity. If a history is longer, exclude its older "
+    "items\nyourself."
 )
-NOT_MASKED = "The items of a\nhistory can be recommended again."
+NOT_MASKED = "The items of a history can be recommended again."
 
 RANKER = Template("""
 ## The ranker
