@@ -8,14 +8,19 @@ Example:
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from cli import Parser, run_main
+from datasets import SequenceDataset
 from errors import UserError, advice, flag_names
+from recipes.runs import data_config, load_data
 from reporting.runs import (
     Recipe,
+    Run,
     find_recipes,
     find_runs,
     fused_variants,
@@ -60,7 +65,7 @@ def read_recipe(folder: Path, *, fused: bool) -> Recipe:
 
 
 def write_report(root: Path) -> str:
-    """Write ``report.md`` and ``report.png`` about all runs below a folder.
+    """Write ``report.md``, ``report.png`` and ``report.html`` about all runs below a folder.
 
     Returns:
         The content of ``report.md``.
@@ -68,7 +73,9 @@ def write_report(root: Path) -> str:
     Raises:
         UserError: there is no finished run, or a run cannot be read.
     """
-    from reporting.figures import draw  # imports matplotlib, which comparisons do not need
+    # These import matplotlib, which comparisons do not need.
+    from reporting.figures import draw
+    from reporting.page import report_page
 
     with advice(REPAIR):
         runs = find_runs(root)
@@ -80,7 +87,27 @@ def write_report(root: Path) -> str:
         with atomic_path(root / "report.md") as temporary:
             temporary.write_text(text, encoding="utf-8")
         draw(recipes, paper["all_users"], root / "report.png")
+        page = report_page(recipes, paper, load_datasets(runs), f"Runs in {root}")
+        with atomic_path(root / "report.html") as temporary:
+            temporary.write_text(page, encoding="utf-8")
     return text
+
+
+def load_datasets(runs: Sequence[Run]) -> dict[str, SequenceDataset]:
+    """The data sets of the runs by code, as far as they are on this machine."""
+    found: dict[str, SequenceDataset] = {}
+    for run in runs:
+        if run.dataset in found:
+            continue
+        try:
+            config = data_config(run.folder, run.settings, None, None)
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+                data = load_data(config)
+        except UserError:
+            continue
+        if data.fingerprint == run.settings["data_fingerprint"]:
+            found[run.dataset] = data
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -92,7 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     root = Path(flags.experiment_root)
     print(write_report(root))
-    print(f"written to {root / 'report.md'} and {root / 'report.png'}", file=sys.stderr)
+    files = ", ".join(str(root / f"report.{kind}") for kind in ("html", "md", "png"))
+    print(f"written: {files}", file=sys.stderr)
 
 
 if __name__ == "__main__":

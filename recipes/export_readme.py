@@ -29,8 +29,8 @@ candidates = pd.read_parquet("candidates.parquet")
 ## The retriever
 
 `retriever.pt2` is a `torch.export` program. It takes histories of item numbers, oldest first, as
-rows of $max_len int64 padded with 0 on the left, and returns a score for every item number; column 0
-is not an item.
+rows of $max_len int64 padded with 0 on the left, and returns a score for every item number, where
+column 0 is not an item.
 $masking
 
 ```python

@@ -22,7 +22,9 @@ def test_report_on_a_trained_run(retrieved: Path, tmp_path: Path):
     assert done.stdout == text + "\n"
     assert "| **LRURec, paper**, 1 seed | " in text and f" {metrics['NDCG@10']:.4f} (" in text
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    assert done.stderr == f"written to {tmp_path / 'report.md'} and {tmp_path / 'report.png'}\n"
+    files = ", ".join(str(tmp_path / f"report.{kind}") for kind in ("html", "md", "png"))
+    assert done.stderr == f"written: {files}\n"
+    assert "60 users, 40 items" in (tmp_path / "report.html").read_text()
 
 
 def test_comparison(

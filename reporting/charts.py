@@ -1,0 +1,139 @@
+"""Charts of the HTML report as SVG that follows the page's colors."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from reporting.runs import Recipe
+from reporting.second_stage import Group
+from reporting.statistics import interval, recipe_gains
+
+# Text and axes are drawn in a color that nothing else has, which becomes that of the page's text.
+INK = "#010203"
+STYLE: Any = {
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK,
+    "ytick.color": INK, "axes.facecolor": "none", "figure.facecolor": "none",
+    "savefig.facecolor": "none", "legend.frameon": False, "svg.fonttype": "none",
+    "font.family": "sans-serif", "font.size": 10, "axes.spines.top": False,
+    "axes.spines.right": False, "svg.hashsalt": "report",
+}  # fmt: skip
+# Okabe and Ito's palette, for readers who see few colors; readable on white and on black.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+SHORT_CURVE = 2  # fewer validations are no curve
+
+
+def means_chart(recipes: Sequence[Recipe], metric: str, paper: Mapping[str, float]) -> str:
+    """Each recipe's mean with its interval, and the paper's value of its model as a cross.
+
+    Args:
+        recipes: the recipes of a data set.
+        metric: the metric.
+        paper: the paper's value by model.
+    """
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8, 0.9 + 0.34 * len(recipes)), layout="constrained")
+        axis = figure.subplots()
+        for row, recipe in enumerate(recipes):
+            gains = recipe_gains(recipe, metric)
+            axis.plot(interval(gains), [row, row], color=COLORS[0], linewidth=2)
+            axis.plot(gains.mean(), row, "o", color=COLORS[0])
+            if recipe.model in paper:
+                axis.plot(paper[recipe.model], row, "x", color=COLORS[1], markersize=8)
+        axis.set_yticks(range(len(recipes)), [recipe.name for recipe in recipes])
+        axis.set_ylim(len(recipes) - 0.5, -0.5)
+        axis.set_xlabel(f"test {metric}, all users, with 95% intervals; crosses: the paper")
+        return _svg(figure)
+
+
+def curves_chart(recipes: Sequence[Recipe], metric: str) -> str | None:
+    """Validation curves of all runs of some recipes; None if none is long enough."""
+    curves = [
+        (recipe.name, run.validation_curve(metric))
+        for recipe in recipes
+        for run in recipe.runs
+        if not run.is_fused
+    ]
+    curves = [(name, curve) for name, curve in curves if len(curve[0]) > SHORT_CURVE]
+    if not curves:
+        return None
+    names = list(dict.fromkeys(name for name, _ in curves))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8, 3.4), layout="constrained")
+        axis = figure.subplots()
+        for name, (steps, values) in curves:
+            index = names.index(name)
+            label = None if name in axis.get_legend_handles_labels()[1] else name
+            color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+            axis.plot(steps, values, color=color, marker=marker, markersize=4, label=label)
+        axis.set(xlabel="optimizer step", ylabel=f"validation {metric}")
+        axis.legend(fontsize=9)
+        return _svg(figure)
+
+
+def groups_chart(groups: Sequence[Group], what: str, metric: str) -> str:
+    """Means of groups of users by scores, with their intervals.
+
+    Args:
+        groups: the groups.
+        what: the property that they differ in.
+        metric: the metric.
+    """
+    names = list(groups[0].means)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8, 2.8), layout="constrained")
+        axis = figure.subplots()
+        for index, name in enumerate(names):
+            positions = np.arange(len(groups)) + 0.16 * (index - (len(names) - 1) / 2)
+            means, lows, highs = np.array([group.means[name] for group in groups]).T
+            color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+            axis.vlines(positions, lows, highs, color=color, linewidth=2)
+            axis.plot(positions, means, marker, color=color, label=name)
+        labels = [f"{group.label}\n{group.num_users:,} users" for group in groups]
+        axis.set_xticks(range(len(groups)), labels)
+        axis.set(xlabel=what, ylabel=f"test {metric}", ylim=(0, None))
+        axis.legend(fontsize=9)
+        return _svg(figure)
+
+
+def matrix_chart(matrix: np.ndarray) -> str:
+    """How many targets move from each rank (row) to each rank (column).
+
+    Args:
+        matrix: (C, C) numbers of users.
+    """
+    with rc_context(STYLE):
+        figure = Figure(figsize=(5.4, 4.6), layout="constrained")
+        axis: Axes = figure.subplots()
+        size = len(matrix)
+        image = axis.imshow(
+            np.ma.masked_equal(matrix, 0), cmap="viridis", extent=(0.5, size + 0.5, size + 0.5, 0.5)
+        )
+        axis.plot([0.5, size + 0.5], [0.5, size + 0.5], color=INK, linewidth=0.8, linestyle=":")
+        ticks = sorted({1, *range(5, size + 1, 5)})
+        axis.set_xticks(ticks)
+        axis.set_yticks(ticks)
+        axis.set(xlabel="rank of the target by both stages", ylabel="rank by the retriever")
+        figure.colorbar(image, ax=axis, label="users", shrink=0.8)
+        return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as an ``svg`` element without a fixed size or a date."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    head, body = text.split(">", 1)
+    head = re.sub(r' (width|height)="[^"]*"', "", head)  # the page sets the size
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r' id="[\w.]+_\d+"', "", body)  # names of artists, the same in every figure
+    return f"{head}>{body}".replace(INK, "currentColor")

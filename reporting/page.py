@@ -1,0 +1,164 @@
+"""The report as one HTML page that needs no network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from datasets import SequenceDataset
+from reporting.charts import curves_chart, groups_chart, matrix_chart, means_chart
+from reporting.runs import RANKER, Recipe, Run
+from reporting.second_stage import Effect, examples, find_effect, groups, user_properties
+from reporting.statistics import interval, recipe_gains
+from reporting.tables import METRICS
+
+TEMPLATE = "report.html.j2"
+METRIC, METRIC_NAME, METRIC_K = "NDCG@10", "NDCG", 10
+
+
+class Cell(NamedTuple):
+    """A cell of a table: its text, the interval of its value, whether it is its column's best."""
+
+    text: str
+    interval: str = ""
+    is_best: bool = False
+
+
+class Row(NamedTuple):
+    """A row of a table."""
+
+    name: str
+    cells: list[Cell]
+    is_paper: bool = False
+
+
+def report_page(
+    recipes: Mapping[str, Sequence[Recipe]],
+    paper: Mapping[str, Any],
+    datasets: Mapping[str, SequenceDataset],
+    title: str,
+) -> str:
+    """The whole page.
+
+    Args:
+        recipes: the recipes of each data set.
+        paper: the paper's numbers, the content of ``experiments/paper.json``.
+        datasets: the data sets that could be loaded, by code. Without them, the page has no
+            titles, and no metrics by length of the history or popularity.
+        title: its title.
+    """
+    folder = Path(__file__).parent
+    environment = Environment(
+        loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    parts = [
+        _dataset_part(code, of_dataset, paper, datasets.get(code))
+        for code, of_dataset in recipes.items()
+    ]
+    return environment.get_template(TEMPLATE).render(title=title, datasets=parts)
+
+
+def _dataset_part(
+    code: str, recipes: Sequence[Recipe], paper: Mapping[str, Any], data: SequenceDataset | None
+) -> dict[str, Any]:
+    """What the template shows of a data set."""
+    published = paper["all_users"].get(code, {})
+    retrievers = [recipe for recipe in recipes if recipe.model != RANKER]
+    rankers = [recipe for recipe in recipes if recipe.model == RANKER]
+    captions = (
+        ("Validation of the retrievers, all users", retrievers),
+        ("Validation of the rankers, users whose target was retrieved", rankers),
+    )
+    curves = ((caption, curves_chart(group, METRIC)) for caption, group in captions if group)
+    effects = (find_effect(recipe.runs[0]) for recipe in rankers)
+    return {
+        "code": code,
+        "size": data.summary().partition(": ")[2] if data else "",
+        "tables": [
+            _table(f"All users (Table 1): {code}", recipes, published, retrieved_only=False),
+            _table(
+                f"Users whose target was retrieved (Table 3): {code}",
+                recipes,
+                paper["retrieved_users"].get(code, {}),
+                retrieved_only=True,
+            ),
+        ],
+        "means": means_chart(
+            recipes, METRIC, {model: values[METRIC] for model, values in published.items()}
+        ),
+        "curves": [(caption, chart) for caption, chart in curves if chart],
+        "effects": [
+            _effect_part(effect, recipe.name, data)
+            for recipe, effect in zip(rankers, effects)
+            if effect is not None
+        ],
+        "runs": [_run_part(recipe, run) for recipe in recipes for run in recipe.runs],
+    }
+
+
+def _table(
+    title: str,
+    recipes: Sequence[Recipe],
+    paper: Mapping[str, Mapping[str, float]],
+    *,
+    retrieved_only: bool,
+) -> dict[str, Any]:
+    """Table 1 or 3: a row for each recipe and for the paper's value of each of its models."""
+    metrics = [metric for metric in METRICS if not (retrieved_only and metric == "Recall@20")]
+    rows, columns = [], []
+    for recipe in recipes:
+        gains = [recipe_gains(recipe, name, retrieved_only=retrieved_only) for name in metrics]
+        if not all(gain.counted.any() for gain in gains):
+            continue
+        seeds = len(recipe.runs)
+        name = f"{recipe.name}, {seeds} seed{'s' * (seeds > 1)}"
+        intervals = ("{:.4f} to {:.4f}".format(*interval(gain)) for gain in gains)
+        cells = [Cell(f"{gain.mean():.4f}", text) for gain, text in zip(gains, intervals)]
+        rows.append(Row(name, cells))
+        columns.append([gain.mean() for gain in gains])
+    for row, means in zip(rows, columns):
+        best = [mean == max(column) for mean, column in zip(means, zip(*columns))]
+        row.cells[:] = [cell._replace(is_best=value) for cell, value in zip(row.cells, best)]
+    for model in dict.fromkeys(recipe.model for recipe in recipes):
+        if model in paper:
+            numbers = (paper[model].get(name) for name in metrics)
+            cells = [Cell("" if number is None else f"{number:.4f}") for number in numbers]
+            rows.append(Row(f"paper, {model}", cells, is_paper=True))
+    return {"title": title, "metrics": metrics, "rows": rows}
+
+
+def _effect_part(effect: Effect, name: str, data: SequenceDataset | None) -> dict[str, Any]:
+    """What the template shows of a ranker."""
+    numbers = [
+        (f"of the {effect.retrieved.sum():,} retrieved targets: {what}", f"{share:.0%}")
+        for what, share in zip(("rise", "stay", "fall"), effect.shares("two stages").values())
+    ]
+    known = data is not None and data.fingerprint == effect.run.settings["data_fingerprint"]
+    by_group, shown = [], []
+    if data is not None and known:
+        for what, values in user_properties(data).items():
+            found = groups(effect, values, METRIC_NAME, METRIC_K)
+            chart = groups_chart(found, what, METRIC)
+            by_group.append((f"{METRIC} of all users by number of {what}", chart))
+        shown = examples(effect, data)
+    return {
+        "name": name,
+        "numbers": numbers,
+        "matrix": matrix_chart(effect.matrix("two stages")),
+        "groups": by_group,
+        "examples": shown,
+    }
+
+
+def _run_part(recipe: Recipe, run: Run) -> dict[str, str]:
+    seed = run.settings.get("seed")
+    return {
+        "name": f"{recipe.name}, seed {seed}",
+        "folder": str(run.folder),
+        "settings": json.dumps(run.settings, indent=2, ensure_ascii=False),
+    }

@@ -1,0 +1,148 @@
+"""The HTML report: what it shows, and that it needs no network."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import report
+from datasets import SequenceDataset
+from reporting.page import report_page
+from reporting.runs import Run, find_recipes, find_runs, fused_variants
+from reporting.second_stage import Effect, examples, find_effect, groups, user_properties
+
+VOID = {"meta", "input", "br", "link"}
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+class Checker(HTMLParser):
+    """Checks that all elements are closed, and collects the addresses that a page refers to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def root(ranker: Path) -> Path:
+    """Folder of a finished retriever and ranker."""
+    return ranker.parent
+
+
+def page_of(root: Path, data: SequenceDataset | None) -> str:
+    runs = find_runs(root)
+    recipes = find_recipes(runs + fused_variants(runs), root)
+    paper = report.read_json(report.PAPER)
+    return report_page(recipes, paper, {"custom": data} if data else {}, "A <title>")
+
+
+def test_a_page_of_both_stages(root: Path, toy_data: SequenceDataset):
+    page = page_of(root, toy_data)
+    checker = Checker()
+    checker.feed(page)
+    assert checker.open == []
+    assert all(address.startswith("#") for address in checker.addresses)
+    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"|"http://www.w3.org[^"]*"', "", page)
+    assert "<h1>A &lt;title&gt;</h1>" in page and page.count("<svg") == 4
+    for text in ("What the second stage does", "20 users at random", "(the held-out item)"):
+        assert text in page
+    assert str(toy_data.summary().partition(": ")[2]) in page
+
+
+def test_without_the_data_set_there_are_no_titles(root: Path):
+    page = page_of(root, None)
+    assert "users at random" not in page and page.count("<svg") == 2
+    assert "What the second stage does" in page
+
+
+def test_titles_cannot_break_the_page(root: Path, toy_data: SequenceDataset):
+    titles = [f"</p><script>alert({i})</script>" for i in range(len(toy_data.titles))]
+    page = page_of(root, replace(toy_data, titles=titles))
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+
+
+def test_examples_are_rankings_with_names(root: Path, toy_data: SequenceDataset):
+    effect = find_effect(next(run for run in find_runs(root) if run.fused_ranks is not None))
+    assert effect is not None
+    shown = examples(effect, toy_data)
+    assert len(shown) == min(20, effect.retrieved.sum())
+    for user in shown:
+        index = toy_data.user_names.index(user.user)
+        ((title, before, after, _),) = (row for row in user.candidates if row[3])
+        assert title == toy_data.titles[toy_data.targets("test")[index]]
+        assert before == effect.ranks["retriever"][index]
+        assert after == effect.ranks["two stages"][index]
+        assert sorted(row[1] for row in user.candidates) == list(range(1, 21))
+
+
+@pytest.fixture()
+def effect(make_run: Callable[..., Run]) -> Effect:
+    """Ten users, of which five were retrieved."""
+    ranks = {
+        "retriever": np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
+        "two stages": np.array([2, 1, 3, 1, 1, 6, 7, 8, 9, 10]),
+    }
+    return Effect(make_run(), ranks, np.arange(10) < 5)
+
+
+def test_shares_and_matrix(effect: Effect):
+    assert effect.shares("two stages") == {"rises": 0.6, "stays": 0.2, "falls": 0.2}
+    matrix = effect.matrix("two stages")
+    assert matrix.shape == (5, 5) and matrix.sum() == 5
+    assert matrix[0, 1] == matrix[1, 0] == matrix[2, 2] == matrix[3, 0] == matrix[4, 0] == 1
+
+
+def test_groups_of_about_equal_size(effect: Effect):
+    found = groups(effect, np.arange(10), "Recall", 2)
+    assert [group.num_users for group in found] == [4, 3, 3]
+    assert [group.label for group in found] == ["0 to 3", "4 to 6", "7 to 9"]
+    assert found[0].means["retriever"][0] == 0.5 and found[0].means["two stages"][0] == 0.75
+    (single,) = groups(effect, np.full(10, 7), "Recall", 2)
+    assert single.label == "7" and single.num_users == 10
+
+
+def test_user_properties(toy_data: SequenceDataset):
+    lengths, popularity = user_properties(toy_data).values()
+    assert lengths.sum() == len(toy_data.item_ids) - toy_data.num_users
+    target = toy_data.targets("test")[5]
+    ends = toy_data.history_ends("train")
+    counts = [
+        (toy_data.item_ids[start:end] == target).sum() for start, end in zip(toy_data.offsets, ends)
+    ]
+    assert popularity[5] == sum(counts)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_in_a_browser(root: Path, toy_data: SequenceDataset, tmp_path: Path):
+    path = tmp_path / "report.html"
+    search = '<script>const i = document.querySelector("input"); i.value = "no such title";'
+    search += 'i.dispatchEvent(new Event("input"))</script></body>'
+    path.write_text(page_of(root, toy_data).replace("</body>", search))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    done = subprocess.run(
+        [str(CHROMIUM), *flags, "--dump-dom", path.as_uri()], capture_output=True, text=True
+    )
+    assert "CONSOLE" not in done.stderr
+    articles = re.findall(r"<article[^>]*>", done.stdout)
+    assert len(articles) == page_of(root, toy_data).count("<article>")
+    assert all("hidden" in article for article in articles)
