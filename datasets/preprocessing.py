@@ -88,10 +88,10 @@ def _select_interactions(code: str, raw: RawData, filters: Filters) -> pd.DataFr
     if filters.min_rating and np.isinf(table["rating"]).all():
         raise ArgumentError("min_rating", f"{filters.min_rating:g}", f"{code} has no ratings")
     is_low = table["rating"] < filters.min_rating
-    if is_low.any():
+    if is_low.any() and not filters.min_rating:  # otherwise it was asked for
         print(
-            f"note: {code}: dropped {is_low.sum():,} of {len(table):,} interactions with a rating "
-            f"below {filters.min_rating:g}",
+            f"note: {code}: dropped {is_low.sum():,} of {len(table):,} interactions with a "
+            "negative rating",
             file=sys.stderr,
         )
     table = table[~is_low & table["item"].isin(raw.titles.keys())]

@@ -94,13 +94,13 @@ def test_simultaneous_interactions():
         assert data.item_ids.tolist() == expected and data.num_tied_targets == 1
 
 
-def test_low_ratings_are_pointed_out(capsys: pytest.CaptureFixture[str]):
+def test_negative_ratings_are_pointed_out(capsys: pytest.CaptureFixture[str]):
     rows = [("a", "1", time) for time in range(6)]
     table = frame(rows).assign(rating=[-1.0, 0, 1, 2, 3, 4])
     data = build("x", RawData(table, {"1": "one"}), Filters(min_sc=1))
     assert len(data.item_ids) == 5
     printed = capsys.readouterr().err
-    assert "note: x: dropped 1 of 6 interactions with a rating below 0" in printed
+    assert "note: x: dropped 1 of 6 interactions with a negative rating" in printed
 
 
 names = st.text(min_size=1, max_size=8)
