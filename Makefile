@@ -14,6 +14,9 @@ RANKER_FLAGS := --llm_retrieved_path experiments/lru/ml-100k-classic --device cp
 run: $(VENV)/.installed
 	$(PY) train_retriever.py $(RETRIEVER_FLAGS)
 	$(PY) train_ranker.py $(RANKER_FLAGS)
+	@echo
+	@echo "943 users are too few to tell both stages from the retriever. On Games (15,264 users) their"
+	@echo "NDCG@10 is .0953 against .0922, after about an hour on one core: see RESULTS.md."
 
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest -n logical
