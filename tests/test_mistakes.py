@@ -317,7 +317,7 @@ RAW_DATA = [
     films("no titles", FILMS.replace("title", "name"), "movies.csv lacks the column title; it has"),
     films("not UTF-8", FILMS + "9,\udcff,\n", "movies.csv is not UTF-8 text"),
     Mistake("MovieLens 1998: short row", "train_retriever.py --dataset_code ml-100k-classic",
-            "ml-100k.inter row 3: timestamp '' is neither a number nor",
+            "ml-100k.inter row 3: timestamp '' is not a number",
             {"data/ml-100k-classic/ml-100k.inter": "user_id\titem_id\trating\ttimestamp\n"
              "1\t1\t1\t1\n1\t2\n", "data/ml-100k-classic/ml-100k.item": "x"}),
     metadata("truncated", gzip.compress(b"{'asin': 'i1', 'title': 'x'}\n" * 50)[:-12],
