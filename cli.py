@@ -32,6 +32,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument "))
 
 
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that select a finished run and say where its data and model are now."""
+    parser.add_argument("--run", required=True, metavar="DIR", help="a finished run")
+    parser.add_argument("--data_root", help="folder of raw data, unless that of the run")
+    parser.add_argument("--cache_root", help="folder of preprocessed data, unless that of the run")
+    parser.add_argument("--llm_base_model", help="the language model, unless that of the run")
+
+
 def parse(
     config: type[ConfigT],
     argv: Sequence[str] | None,

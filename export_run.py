@@ -10,9 +10,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from cli import Parser, run_main
+from cli import Parser, add_run_flags, run_main
 from errors import UserError
-from recipes.runs import data_config, finished_settings, load_data
+from recipes.runs import check_own_folder, data_config, finished_settings, load_data
 from storage import atomic_folder
 
 README = "README.md"
@@ -22,12 +22,9 @@ TITLE = "# An exported run\n"  # by which an earlier export is known
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, metavar="DIR", help="a finished run")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    parser.add_argument("--data_root", help="folder of raw data, unless that of the run")
-    parser.add_argument("--cache_root", help="folder of preprocessed data, unless that of the run")
-    parser.add_argument("--llm_base_model", help="the language model, unless that of the run")
+    add_run_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -52,14 +49,10 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     Raises:
         UserError: there is something in the way.
     """
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a file; name a folder")
-    if not output.is_dir() or not any(output.iterdir()):
-        return
     readme = output / README
-    if not readme.is_file() or not readme.read_text(errors="replace").startswith(TITLE):
-        raise UserError(f"--output {output}: the folder holds something else; name another")
-    if not overwrite:
+    is_ours = readme.is_file() and readme.read_text(errors="replace").startswith(TITLE)
+    check_own_folder(output, is_ours=is_ours)
+    if is_ours and not overwrite:
         raise UserError(f"--output {output} holds an export: replace it with --overwrite")
 
 

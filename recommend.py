@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cli import Parser, run_main
+from cli import Parser, add_run_flags, run_main
 from config import CommonConfig
 from datasets import SequenceDataset
 from errors import UserError, advice
@@ -29,7 +29,14 @@ from process import check_device
 from recipes.bulk import MANIFEST, Engine, Job, in_this_process, recommend_to_all
 from recipes.lookup import find_items, find_user
 from recipes.people import People
-from recipes.runs import data_config, finished_settings, load_data, locked
+from recipes.runs import (
+    check_own_folder,
+    data_config,
+    finished_settings,
+    load_data,
+    locked,
+    retriever_of,
+)
 from storage import reading
 from trainer.run_folder import CONFIG, RunFolder
 
@@ -55,7 +62,6 @@ class Query(NamedTuple):
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, metavar="DIR", help="a finished run")
     parser.add_argument("--user", metavar="ID", help="a user of the data set")
     parser.add_argument(
         "--history",
@@ -92,9 +98,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="CUDA if available")
-    parser.add_argument("--data_root", help="folder of raw data, unless that of the run")
-    parser.add_argument("--cache_root", help="folder of preprocessed data, unless that of the run")
-    parser.add_argument("--llm_base_model", help="the language model, unless that of the run")
+    add_run_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -157,11 +161,9 @@ def check_output(flags: argparse.Namespace) -> None:
     output = Path(flags.output)
     if not Path(flags.input).is_file():
         raise UserError(f"--input {flags.input}: no such file")
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a file; name a folder")
-    if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).exists():
-        raise UserError(f"--output {output}: the folder holds something else; name another")
-    if (output / MANIFEST).exists() and not (flags.resume or flags.overwrite):
+    is_ours = (output / MANIFEST).exists()
+    check_own_folder(output, is_ours=is_ours)
+    if is_ours and not (flags.resume or flags.overwrite):
         raise UserError(
             f"--output {output} holds recommendations: continue with --resume or replace them "
             "with --overwrite"
@@ -176,8 +178,9 @@ def check_k(flags: argparse.Namespace, settings: dict[str, Any], data: SequenceD
     """
     most, what = data.num_items, "items are in the catalogue"
     if "verbalizer" in settings:
+        retriever = retriever_of(Path(flags.run), settings)[1]
         with reading(Path(flags.run, CONFIG)):
-            most, what = int(settings["retriever"]["num_candidates"]), "candidates are ranked"
+            most, what = int(retriever["num_candidates"]), "candidates are ranked"
     if flags.k > most:
         raise UserError(f"--k {flags.k}: {most} {what}")
 

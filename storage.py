@@ -52,6 +52,16 @@ def reading(path: Path) -> Iterator[None]:
         raise InputError(f"{path} is damaged ({describe(error)})") from error
 
 
+def check_regular(path: Path) -> None:
+    """Refuse folders, and pipes, which could be waited for forever; a missing file passes.
+
+    Raises:
+        UserError: ``path`` is one of them.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file")
+
+
 def check_unpacked_size(path: Path, size: int) -> None:
     """Refuse to decompress a file beyond ``MAX_UNPACKED_BYTES``.
 

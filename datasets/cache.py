@@ -12,7 +12,7 @@ import numpy as np
 from datasets.base import Filters, RawSource, SequenceDataset
 from datasets.preprocessing import build
 from errors import UserError
-from storage import describe, read_arrays, reading, write_arrays
+from storage import check_regular, describe, read_arrays, reading, write_arrays
 
 CACHE_FORMAT = 4  # increment when preprocessing or the arrays in the file change
 
@@ -49,8 +49,7 @@ def _cache_key(source: RawSource, filters: Filters) -> str:
     """Hash everything that determines the preprocessed data."""
     digest = hashlib.sha256(json.dumps([CACHE_FORMAT, source.code, *filters]).encode())
     for path in source.files:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path} is not a regular file")
+        check_regular(path)
         try:
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())

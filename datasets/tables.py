@@ -11,7 +11,7 @@ import pandas as pd
 from pyarrow import parquet
 
 from errors import UserError
-from storage import check_unpacked_size, describe
+from storage import check_regular, check_unpacked_size, describe
 
 QUOTED = (".csv", ".tsv")  # quotes in MovieLens' and RecBole's own files are part of the text
 
@@ -133,8 +133,7 @@ def to_numbers(column: pd.Series, path: Path, *, first_row: int) -> np.ndarray:
 
 def _read_table(path: Path, separator: str, header: bool) -> pd.DataFrame:
     """Read a whole file; see ``read_columns``."""
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is not a regular file")
+    check_regular(path)
     try:
         if path.suffix.lower() == ".parquet":
             return _read_parquet(path)

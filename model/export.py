@@ -42,11 +42,9 @@ class HistoryScores(nn.Module):
         scores = nn.functional.linear(
             encodings, self.retriever.item_embeddings, self.retriever.item_bias
         )
-        excluded = histories if self.mask_history else torch.zeros_like(histories)
-        scores = scores.scatter(1, excluded, -torch.inf)
-        return torch.where(
-            torch.arange(scores.shape[1], device=scores.device) == 0, -torch.inf, scores
-        )
+        seen = histories if self.mask_history else histories[:, :0]
+        excluded = nn.functional.pad(seen, (1, 0))  # with column 0
+        return scores.scatter(1, excluded, -torch.inf)
 
 
 def export_retriever(retriever: Retriever, *, mask_history: bool) -> ExportedProgram:
@@ -58,7 +56,7 @@ def export_retriever(retriever: Retriever, *, mask_history: bool) -> ExportedPro
     """
     example = torch.ones(2, retriever.spec.max_len, dtype=torch.int64)
     with torch.no_grad(), warnings.catch_warnings():
-        # torch flattens the weights of NARM's GRU anew, to the same tensors.
+        # Tracing NARM's GRU makes torch reassign its flattened weights; the values stay the same.
         warnings.filterwarnings("ignore", message=".*were assigned during export")
         return torch.export.export(
             HistoryScores(retriever, mask_history=mask_history).eval(),

@@ -36,6 +36,7 @@ from model.export import export_retriever
 from model.registry import load_retriever
 from recipes.export_readme import readme
 from recipes.fit_ranker import ADAPTER, FUSION, RANKINGS
+from recipes.runs import retriever_of
 from recipes.second_stage import FinishedRanker, read_ranker
 from storage import read_arrays, reading
 from trainer.run_folder import CONFIG
@@ -63,7 +64,7 @@ def export_run(
         UserError: the run cannot be used.
     """
     ranker, described = None, {}
-    retriever_dir = Path(settings.get("retrieved_from", run_dir))
+    retriever_dir, retriever = retriever_of(run_dir, settings)
     if "verbalizer" in settings:
         ranker = read_ranker(run_dir, settings, data, "cpu", base_model)
         export_ranker(run_dir, ranker, folder)
@@ -71,7 +72,7 @@ def export_run(
         kind = "guided" if ranker.config.is_guided else ranker.config.verbalizer
         described = {"base_model": ranker.language_model.base.name, "verbalizer": kind}
     with reading(run_dir / CONFIG):
-        mask_history = settings.get("retriever", settings)["mask_history"] != "never"
+        mask_history = retriever["mask_history"] != "never"
     export_data(data, ranker.prompts if ranker else None, folder)
     export_candidates(retriever_dir, data, folder)
     max_len = export_model(retriever_dir, data.num_items, folder, mask_history=mask_history)

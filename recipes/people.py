@@ -110,7 +110,7 @@ class People:
                 yield Person(name, self.data.item_ids[offsets[user] : offsets[user + 1]])
 
     def _interactions(self) -> Iterator[Person]:
-        # Item 0 is no item, and its name is empty.
+        # Index 0 is padding; its empty name must not match an empty cell.
         index_of = {name: index for index, name in enumerate(self.data.item_names) if index}
         all_rows = self._rows("user", "item", "timestamp")
         for name, rows in groupby(all_rows, key=lambda row: row[0]):

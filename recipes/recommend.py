@@ -19,6 +19,7 @@ from datasets import SequenceDataset
 from evaluation.retrieval import retrieve
 from model.registry import load_retriever
 from process import use_cuda
+from recipes.runs import retriever_of
 from storage import read_json, reading
 from trainer.run_folder import CONFIG
 
@@ -74,9 +75,8 @@ class Recommender:
         self.data = data
         settings = read_json(run_dir / CONFIG)
         self.ranker: Ranker | None = None
-        retriever_dir = Path(settings.get("retrieved_from", run_dir))
+        retriever_dir, retriever = retriever_of(run_dir, settings)
         with reading(run_dir / CONFIG):
-            retriever = settings.get("retriever", settings)  # as it was for a ranker
             self.mask_history = retriever["mask_history"] != "never"
             self.num_candidates = int(retriever["num_candidates"])
         self.retriever = load_retriever(retriever_dir, data.num_items)

@@ -171,6 +171,34 @@ def finished_settings(run_dir: Path) -> dict[str, Any]:
     return settings
 
 
+def retriever_of(run_dir: Path, settings: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """Folder and settings of a finished run's retriever, which a ranker's settings include.
+
+    Raises:
+        InputError: the settings are damaged.
+    """
+    with reading(run_dir / CONFIG):
+        if "verbalizer" in settings:
+            return Path(settings["retrieved_from"]), dict(settings["retriever"])
+    return run_dir, settings
+
+
+def check_own_folder(folder: Path, *, is_ours: bool) -> None:
+    """Refuse an --output that cannot be written without losing something else.
+
+    Args:
+        folder: the folder, which may be absent.
+        is_ours: whether it holds an earlier output.
+
+    Raises:
+        UserError: it is a file, or a folder with other files.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder} is a file; name a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not is_ours:
+        raise UserError(f"--output {folder}: the folder holds something else; name another")
+
+
 def data_config(
     run_dir: Path, settings: dict[str, Any], data_root: str | None, cache_root: str | None
 ) -> CommonConfig:

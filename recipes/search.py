@@ -40,11 +40,7 @@ def search(
     if config.overwrite:
         run.clear()
     num_gpus = 0 if config.device == "cpu" else cuda.device_count()
-    points = grid(
-        run.path / SEARCH_RUNS,
-        tuple(dict.fromkeys(config.search_weight_decay)),
-        tuple(dict.fromkeys(config.search_dropout)),
-    )
+    points = grid(run.path / SEARCH_RUNS, config.search_weight_decay, config.search_dropout)
     with advice("to continue, run the same command without --overwrite"):
         run_points(
             points,

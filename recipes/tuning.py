@@ -21,8 +21,8 @@ from recipes.runs import FROM_SCRATCH
 from trainer.loop import Advice
 
 LEAST_TOKENS = 2048  # below this, micro-batches on CUDA are too small to be efficient
-# Cost of a micro-batch besides its tokens: calls on the CPU, and on CUDA the quantized weights,
-# which each micro-batch converts anew. An estimate for Llama-2-7B in NF4; not measured.
+# Fixed cost of a micro-batch in tokens: overhead of calls on the CPU, dequantization on CUDA. The
+# latter is an estimate for Llama-2-7B in NF4, not a measurement.
 FIXED_TOKENS = {"cpu": 128, "cuda": 512}
 
 

@@ -306,7 +306,7 @@ class GuidedTitles(_Titles):
         self._priors: dict[str, RetrieverPrior] = {}  # by split
 
     def set_users(self, data: SequenceDataset, candidates: Mapping[str, Candidates]) -> None:
-        """See ``Verbalizer``; the retriever is asked anew about other users."""
+        """See ``Verbalizer``; drops the retriever's probabilities of the earlier users."""
         super().set_users(data, candidates)
         self._priors = {}
 

@@ -68,15 +68,17 @@ def grid(root: Path, weight_decays: Sequence[float], dropouts: Sequence[float]) 
 
     Args:
         root: folder of the runs.
-        weight_decays: values of the weight decay.
-        dropouts: values of both dropouts.
+        weight_decays: values of the weight decay; repeated ones count once.
+        dropouts: values of both dropouts, likewise.
     """
     return [
         Point(
             {"weight_decay": decay, "dropout": dropout, "attn_dropout": dropout},
             root / f"weight_decay_{decay:g}_dropout_{dropout:g}",
         )
-        for decay, dropout in itertools.product(weight_decays, dropouts)
+        for decay, dropout in itertools.product(
+            dict.fromkeys(weight_decays), dict.fromkeys(dropouts)
+        )
     ]
 
 
