@@ -16,7 +16,7 @@ from config import AugmentationConfig
 from datasets import SequenceDataset
 from errors import UserError
 from flags import flags_of
-from process import check_device
+from process import check_device, check_single_process
 from recipes.language_model import LanguageModel, find_language_model
 from recipes.runs import check_examples, check_replaceable, load_data, locked, run_fingerprint
 from storage import read_json
@@ -29,6 +29,7 @@ STAGES = ("tuning", "generation", "filter")
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the settings and inputs, check them, then run the stages."""
     config = parse(AugmentationConfig, argv, __doc__)
+    check_single_process()
     check_device(config.device)
     data = load_data(config)
     check_examples(data)

@@ -16,6 +16,7 @@ from config import (
     UNUSED_FLAGS,
     CommonConfig,
 )
+from distributed import is_main, joined, rank, size
 from errors import ArgumentError, UserError
 from flags import boolean, flags_of
 
@@ -136,7 +137,7 @@ def _help(spec: Field) -> str:
 
 def _ask_for_dataset() -> str:
     codes = ", ".join(DATASET_CODES)
-    if not sys.stdin.isatty():
+    if not sys.stdin.isatty() or size() > 1:
         raise UserError(f"--dataset_code is missing: choose one of {codes}")
     try:
         choice = input("Data set: 1 for ml-100k, b for beauty, g for games: ").strip()
@@ -179,19 +180,22 @@ def run_main(main: Main, *, can_resume: bool = True) -> None:
     """
     process.set_up()
     try:
-        main(None)
+        with joined():
+            main(None)
         process.check_output()
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         message = _user_message(error)
         if message is None:
             raise
-        print(f"error: {message}", file=sys.stderr)
+        where = "" if is_main() else f" in process {rank()}"
+        print(f"error{where}: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
         # A progress bar that the signal left half constructed would complain.
         sys.unraisablehook = lambda _: None
         advised = "to continue, run the same command with --resume and without --overwrite"
-        print(f"interrupted: {advised}" if can_resume else "interrupted", file=sys.stderr)
+        if is_main():
+            print(f"interrupted: {advised}" if can_resume else "interrupted", file=sys.stderr)
         sys.exit(143 if isinstance(error, process.Terminated) else 130)
 
 

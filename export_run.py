@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cli import Parser, add_run_flags, run_main
 from errors import UserError
+from process import check_single_process
 from recipes.runs import check_own_folder, data_config, finished_settings, load_data
 from storage import atomic_folder
 
@@ -31,6 +32,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Check the flags, then write everything."""
     flags = parse(argv)
+    check_single_process()
     run_dir, output = Path(flags.run), Path(flags.output)
     settings = finished_settings(run_dir)
     check_output(output, overwrite=flags.overwrite)

@@ -12,17 +12,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from distributed import size
 from errors import ArgumentError, UserError
 
 DEFERRED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Settings that accelerate would take from the environment, with values that change nothing. They
-# are not part of a run's settings, and most need more than one device.
+# are not part of a run's settings.
 ACCELERATE_SETTINGS = {
     "ACCELERATE_MIXED_PRECISION": "no",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
     "ACCELERATE_DYNAMO_BACKEND": "no",
     "ACCELERATE_TORCH_DEVICE": "",
-    "ACCELERATE_USE_CPU": "false",
     "ACCELERATE_USE_DEEPSPEED": "false",
     "ACCELERATE_USE_FSDP": "false",
     "ACCELERATE_USE_MEGATRON_LM": "false",
@@ -153,12 +153,11 @@ def has_cuda_driver() -> bool:
 
 
 def check_device(device: str | None) -> None:
-    """Refuse, before torch is imported, a device or a launcher that cannot work.
+    """Refuse, before torch is imported, a device or settings of a launcher that cannot work.
 
     Raises:
-        ArgumentError: CUDA is requested and there is no driver.
-        UserError: a launcher started several processes for one run, or the environment has settings
-            for accelerate.
+        ArgumentError: CUDA is requested, and there is no driver or the launcher forbids it.
+        UserError: the environment has settings for accelerate, or its launcher left out processes.
     """
     for name, unchanged in ACCELERATE_SETTINGS.items():
         value = os.environ.get(name, unchanged)
@@ -167,19 +166,40 @@ def check_device(device: str | None) -> None:
                 f"{name}={value} in the environment would change what the run computes: unset it, "
                 "and start the script with python"
             )
-    if os.environ.get("WORLD_SIZE", "1") != "1":  # set by accelerate launch and torchrun
+    if "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ and size() == 1:
         raise UserError(
-            "a run uses one process on one device: start it with python, without a launcher"
+            "accelerate launch starts only one process on CPUs, whatever --num_processes says: use "
+            "torchrun --nproc_per_node N, or --num_processes 1"
         )
+    if device == "cuda" and _launched_on_cpu():
+        raise ArgumentError("device", device, "accelerate was launched with --cpu")
     if device == "cuda" and not has_cuda_driver():
         raise ArgumentError("device", device, "this machine has no CUDA driver; use cpu")
+
+
+def check_single_process() -> None:
+    """Refuse several processes where they are of no use.
+
+    Raises:
+        UserError: a launcher started them.
+    """
+    if size() > 1:
+        raise UserError(
+            f"torchrun or accelerate launch started {size()} processes, and this needs one: start "
+            "it with python"
+        )
+
+
+def _launched_on_cpu() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
 
 
 def use_cuda(device: str | None) -> bool:
     """Decide whether to compute on CUDA.
 
     Args:
-        device: ``cpu``, ``cuda``, or None for CUDA if available.
+        device: ``cpu``, ``cuda``, or None for CUDA if available and not forbidden by
+            ``accelerate launch --cpu``.
 
     Raises:
         ArgumentError: CUDA is requested and torch finds no device.
@@ -189,4 +209,4 @@ def use_cuda(device: str | None) -> bool:
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise ArgumentError("device", device, "torch finds no CUDA device; use cpu")
-    return available and device != "cpu"
+    return available and device != "cpu" and not _launched_on_cpu()

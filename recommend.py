@@ -25,7 +25,7 @@ from cli import Parser, add_run_flags, run_main
 from config import CommonConfig
 from datasets import SequenceDataset
 from errors import UserError, advice
-from process import check_device
+from process import check_device, check_single_process
 from recipes.bulk import MANIFEST, Engine, Job, in_this_process, recommend_to_all
 from recipes.lookup import find_items, find_user
 from recipes.people import People
@@ -106,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Look up what was asked, load the models, answer."""
     flags = parse(argv)
     check_flags(flags)
+    check_single_process()
     check_device(flags.device)
     settings = finished_settings(Path(flags.run))
     with redirect_stdout(sys.stderr):

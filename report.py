@@ -17,6 +17,7 @@ from pathlib import Path
 from cli import Parser, run_main
 from datasets import SequenceDataset
 from errors import UserError, advice, flag_names
+from process import check_single_process
 from recipes.runs import data_config, load_data
 from reporting.runs import (
     Recipe,
@@ -113,6 +114,7 @@ def load_datasets(runs: Sequence[Run]) -> dict[str, SequenceDataset]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the report, or compare two recipes."""
     flags = parse(argv)
+    check_single_process()
     if flags.compare:
         first, second = (read_recipe(Path(name), fused=flags.fused) for name in flags.compare)
         print(comparison_line(compare(first, second, flags.metric)))

@@ -16,7 +16,7 @@ from config import RetrieverConfig, retriever_preset
 from datasets import SequenceDataset
 from errors import UserError, advice, flag_names
 from model.hub import content_hash
-from process import check_device
+from process import check_device, check_single_process
 from recipes.runs import (
     check_replaceable,
     find_encoder,
@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the settings and the data, check them, then train."""
     config = parse(RetrieverConfig, argv, __doc__, preset=retriever_preset)
     check_device(config.device)
+    if config.search:
+        check_single_process()  # it runs points side by side instead
     data = load_data(config)
     check_sizes(config, data)
     augmented = read_augmented(config, data)

@@ -179,9 +179,11 @@ class Training(ABC):
         if self.recipe == PUBLISHED:
             self.published_loss(self.texts(numbers)).backward()
         else:
-            for micro_batch in self.micro_batches(numbers):
+            micro_batches = self.micro_batches(numbers)
+            num_targets = sum(batch["num_targets"] for batch in micro_batches)
+            for micro_batch in micro_batches:
                 batch: dict[str, Any] = send_to_device(micro_batch, self.device)
-                (self.loss(batch) * batch["weight"]).backward()
+                (self.loss(batch) * (batch["num_targets"] / num_targets)).backward()
         update(self.model, self.optimizer, self.max_grad_norm)
 
 

@@ -131,8 +131,7 @@ def training_batches(
     Returns:
         Micro-batches, longest sequences first, with ``input_ids`` and ``attention_mask`` (B, L);
         ``targets`` (B, R), the last R tokens of each row, ``IGNORE_INDEX`` where a token is not
-        trained on; ``weight``, the micro-batch's share of all targets, with which its mean loss
-        enters the step's; and ``users``, a list of B.
+        trained on; ``num_targets``, how many are; and ``users``, a list of B.
     """
     lengths = np.array([len(x) for x in sequences])
     batches = []
@@ -143,7 +142,7 @@ def training_batches(
         batch["targets"] = batch["input_ids"][:, -size:].masked_fill(
             torch.from_numpy(untrained), IGNORE_INDEX
         )
-        batch["weight"] = float(num_targets[group].sum() / num_targets.sum())
+        batch["num_targets"] = int(num_targets[group].sum())
         batch["users"] = users[group].tolist()
         batches.append(batch)
     return batches

@@ -1,14 +1,17 @@
-"""Order of the training examples: reshuffled every epoch, resumable at any batch."""
+"""Order of the examples: reshuffled every epoch in training, shared among the processes."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+
+from distributed import rank, size
 
 
 class ShuffledBatches(Sampler[list[int]]):
@@ -48,13 +51,43 @@ class ShuffledBatches(Sampler[list[int]]):
 
 
 def training_loader(dataset: Dataset, sampler: ShuffledBatches, num_workers: int) -> DataLoader:
-    """Load batches in the sampler's order; the data set builds a whole batch from its numbers."""
-    return _loader(dataset, num_workers, batch_sampler=sampler)
+    """Load batches in the sampler's order; the data set builds a whole batch from its numbers.
+
+    Of several processes, each builds a part of every batch.
+    """
+    return _loader(_Share(dataset), num_workers, batch_sampler=sampler)
 
 
-def evaluation_loader(dataset: Dataset, batch_size: int, num_workers: int) -> DataLoader:
-    """Load batches in the data set's own order."""
-    return _loader(dataset, num_workers, batch_size=batch_size)
+def evaluation_loader(dataset: Any, batch_size: int, num_workers: int) -> DataLoader:
+    """Load batches in the data set's own order.
+
+    Of n processes, each loads every n-th batch.
+    """
+    return _loader(dataset, num_workers, batch_sampler=_EveryNthBatch(len(dataset), batch_size))
+
+
+class _Share(Dataset):
+    """This process's part of every training batch: a list of micro-batches, perhaps empty."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, numbers: list[int]) -> Any:
+        share = numbers[rank() :: size()]
+        return self.dataset.__getitems__(share) if share else []
+
+
+class _EveryNthBatch(Sampler[list[int]]):
+    """This process's batches of consecutive examples."""
+
+    def __init__(self, num_examples: int, batch_size: int) -> None:
+        self.batches = BatchSampler(range(num_examples), batch_size, drop_last=False)
+
+    def __len__(self) -> int:
+        return len(range(rank(), len(self.batches), size()))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return islice(iter(self.batches), rank(), None, size())
 
 
 def _loader(dataset: Dataset, num_workers: int, **batches: Any) -> DataLoader:

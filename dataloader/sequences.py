@@ -5,11 +5,12 @@ A training step is a list of one micro-batch, a dict of
 - ``sequences``: a ``JaggedBatch``, see ``jagged.py``;
 - ``labels`` (K,) int64: the item to predict at each scored position;
 - ``users``: the users' indices, for messages;
-- ``weight``: 1.0, the micro-batch's share of the step's mean loss.
+- ``num_targets``: K.
 
 An evaluation batch is a dict of
 
 - ``sequences``: a ``JaggedBatch`` with the last position of each of the B sequences scored;
+- ``examples`` (B,) int64: index of each example in the data set;
 - ``targets`` (B,) int64: the held-out items;
 - ``history_rows`` and ``history_items`` (n,) int64: row and item of every interaction before the
   target, also of those that the model does not read.
@@ -63,8 +64,8 @@ class _Windows(Dataset):
 
     def _step(self, indices: np.ndarray, sequences: JaggedBatch, labels: np.ndarray) -> list[Batch]:
         """A training step of one micro-batch."""
-        batch = {"sequences": sequences, "labels": _tensor(labels)}
-        return [batch | {"users": self.users[indices].tolist(), "weight": 1.0}]
+        batch = {"sequences": sequences, "labels": _tensor(labels), "num_targets": len(labels)}
+        return [batch | {"users": self.users[indices].tolist()}]
 
 
 class TrainingWindows(_Windows):
@@ -153,6 +154,7 @@ class Histories(Dataset):
         history, _ = flat_ranges(starts, ends - starts)
         return {
             "sequences": self._sequences(starts, ends),
+            "examples": torch.tensor(indices),
             "targets": _tensor(self.item_ids[ends]),
             "history_rows": _tensor(np.repeat(np.arange(len(indices)), ends - starts)),
             "history_items": _tensor(self.item_ids[history]),

@@ -92,7 +92,7 @@ class TitleDocuments(Dataset):
         Returns:
             Micro-batches with ``input_ids`` (B, L), padded on the right; ``sources`` (T,), flat
             indices of the positions that predict a target; ``labels`` (T,), the targets;
-            ``weight``, the micro-batch's share of all targets; and ``users``, a list of B.
+            ``num_targets``, see the method of that name; and ``users``, a list of B.
         """
         indices = np.asarray(numbers) % len(self)
         documents = [self.document(index) for index in indices]
@@ -106,14 +106,14 @@ class TitleDocuments(Dataset):
                 {
                     "input_ids": torch.from_numpy(input_ids),
                     **{name: torch.from_numpy(array) for name, array in targets.items()},
-                    "weight": float(counts[group].sum() / counts.sum()),
+                    "num_targets": int(counts[group].sum()),
                     "users": self.users[indices[group]].tolist(),
                 }
             )
         return batches
 
     def num_targets(self, index: int) -> int:
-        """Number of targets of a document."""
+        """Number of targets of a document, over which the loss is a mean."""
         items = self.item_ids[self.first_targets[index] : self.ends[index]]
         return sum(len(self.prompts.lines[item]) for item in items)
 

@@ -120,13 +120,11 @@ def rank_interactions(
     Returns:
         (n,) 1-based ranks of the items, and (num_users,) of the targets.
     """
-    next_user = 0
 
     def step(batch: dict[str, Any]) -> dict[str, Tensor]:
-        nonlocal next_user
         scores, targets = score_catalogue(model, batch, mask_history=True), batch["targets"]
-        bounds = np.searchsorted(users, next_user + np.arange(len(scores) + 1))
-        next_user += len(scores)
+        first_user = batch["examples"][0].item()
+        bounds = np.searchsorted(users, first_user + np.arange(len(scores) + 1))
         ranks = [
             target_ranks(
                 row.expand(last - first, -1), torch.from_numpy(items[first:last]).to(targets)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from distributed import interleave
+
 Step = Callable[[dict[str, Any]], dict[str, Tensor]]
 
 
@@ -22,20 +23,25 @@ def sweep(
 ) -> dict[str, np.ndarray]:
     """Evaluate a model batch by batch and collect the results on the host.
 
+    Several processes share the batches, and each gets the results of all.
+
     Args:
         model: the model; it is put in eval mode and left there.
-        loader: evaluation batches.
+        loader: evaluation batches, see ``dataloader.sampler.evaluation_loader``.
         step: from a batch on the model's device to named tensors, whose rows are concatenated over
             the batches.
         description: title of the progress bar.
 
     Returns:
-        The arrays by name, rows in the loader's order; no arrays if there are no batches.
+        The arrays by name, rows in the data set's order; no arrays if there are no batches.
     """
     model.eval()
     device = next(model.parameters()).device
-    parts: dict[str, list[Tensor]] = defaultdict(list)
-    for batch in tqdm(loader, desc=description, unit="batch", leave=False, dynamic_ncols=True):
-        for name, rows in step(send_to_device(batch, device)).items():
-            parts[name].append(rows.cpu())
-    return {name: torch.cat(tensors).numpy() for name, tensors in parts.items()}
+    bar = tqdm(loader, desc=description, unit="batch", leave=False, dynamic_ncols=True)
+    results = []
+    for batch in bar:
+        rows = step(send_to_device(batch, device))
+        results.append({name: values.cpu().numpy() for name, values in rows.items()})
+    results = interleave(results)
+    names = results[0] if results else {}
+    return {name: np.concatenate([result[name] for result in results]) for name in names}

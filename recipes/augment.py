@@ -261,8 +261,8 @@ class Validation:
     def __call__(self) -> Metrics:
         """Compute the mean log-likelihood per token."""
         batches = send_to_device(self.batches, next(self.model.parameters()).device)
-        losses = [response_loss(self.model, batch).item() * batch["weight"] for batch in batches]
-        return {BEST_METRIC: -sum(losses)}
+        losses = [response_loss(self.model, b).item() * b["num_targets"] for b in batches]
+        return {BEST_METRIC: -sum(losses) / sum(batch["num_targets"] for batch in batches)}
 
 
 # Generate -----------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from dataloader.prompt import PromptBuilder
 from dataloader.sampler import ShuffledBatches
 from dataloader.title_prompt import TitlePrompts
 from datasets import SequenceDataset
+from distributed import in_main_process, size
 from errors import advice
 from evaluation.fusion import RETRIEVER, Fusion, fit_fusion, log_losses
 from evaluation.reranking import (
@@ -117,6 +118,7 @@ def set_up(
         "tokens_per_batch": language_model.max_tokens,
         "gradient_checkpointing": model.is_gradient_checkpointing,
         "total_steps": total_steps,
+        "num_processes": size(),
     }
     trainer = build_trainer(
         config,
@@ -208,7 +210,7 @@ class Evaluator:
     def save_best(self) -> None:
         """Keep the adapter of the latest validation."""
         self._best_scores = self._latest_scores
-        save_adapter(self.model, self.adapter)
+        in_main_process(save_adapter)(self.model, self.adapter)
 
     def ranking_task(self, split: str) -> RankingTask:
         """Features of the candidates of all users whose target was retrieved.
@@ -311,6 +313,7 @@ def fusion_record(
     }
 
 
+@in_main_process
 def write(results: Results, run_dir: Path) -> None:
     """Write the rankings, the fusion and the metrics."""
     write_arrays(run_dir / RANKINGS, **results.rankings)

@@ -17,6 +17,7 @@ from dataloader.candidates import CANDIDATES_FILE, SPLITS, Candidates, save_cand
 from dataloader.sampler import ShuffledBatches, evaluation_loader
 from dataloader.sequences import Histories, MaskedWindows, TrainingWindows
 from datasets import SequenceDataset
+from distributed import in_main_process, main_first, size
 from errors import advice, flag_names
 from evaluation.retrieval import retrieve
 from metrics import ranking_metrics
@@ -92,6 +93,7 @@ def set_up(
     evaluator = Evaluator(config, data, model)
     details = run_details(data, augmented) | {
         "device": str(accelerator.device),
+        "num_processes": size(),
         "total_steps": settings.total_steps(len(sampler)),
     }
     trainer = build_trainer(
@@ -131,7 +133,7 @@ def title_encodings(
 ) -> np.ndarray:
     """(V + 1, E) encodings of the titles, from the cache if possible."""
     device = "cuda" if use_cuda(config.device) else "cpu"
-    with flag_names(encoder="title_encoder"):
+    with flag_names(encoder="title_encoder"), main_first():
         return cached_title_encodings(encoder, data.titles, device, Path(config.cache_root))
 
 
@@ -247,6 +249,7 @@ def evaluate(evaluator: Evaluator) -> Results:
     return Results(val_metrics, ranking_metrics(ranks, evaluator.config.metric_ks), candidates)
 
 
+@in_main_process
 def write(results: Results, data: SequenceDataset, run: RunFolder) -> None:
     """Write the run's files, the one that marks it as finished last."""
     save_candidates(run.path / CANDIDATES_FILE, results.candidates, data.fingerprint)
@@ -254,6 +257,7 @@ def write(results: Results, data: SequenceDataset, run: RunFolder) -> None:
     write_json(run.path / TEST_METRICS, results.test_metrics)
 
 
+@in_main_process
 def save_weights(model: Retriever, path: Path) -> None:
     """Write the weights, complete or not at all."""
     with atomic_path(path) as temporary:

@@ -11,6 +11,7 @@ from typing import Any
 from config import DATA_FLAGS, IMMATERIAL_FLAGS, CommonConfig, RankerConfig, RetrieverConfig
 from datasets import SequenceDataset, load_dataset
 from datasets.base import Filters
+from distributed import is_main, join
 from errors import UserError, advice, flag_names
 from flags import reread
 from model.hub import BaseModel, find_model
@@ -142,14 +143,16 @@ def other_run_explained() -> Iterator[None]:
 
 @contextmanager
 def locked(run: RunFolder) -> Iterator[None]:
-    """Reserve the run's folder for this process.
+    """Reserve the run's folder for this run; then its other processes, if any, may start.
 
     Raises:
         UserError: another process uses it, or it cannot be written.
     """
     with ExitStack() as stack:
-        with advice("wait for it or use another --export_root"):
-            stack.enter_context(run.locked())
+        if is_main():
+            with advice("wait for it or use another --export_root"):
+                stack.enter_context(run.locked())
+        join()
         yield
 
 

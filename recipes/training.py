@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from config import CommonConfig
 from dataloader.sampler import ShuffledBatches, training_loader
+from distributed import in_main_process, is_main
 from errors import UserError
 from storage import describe, write_json
 from trainer.average import WeightAverage
@@ -118,7 +119,6 @@ def build_trainer(
         model, config, lr=lr, total_steps=settings.total_steps(len(sampler)), paged=paged
     )
     loader = training_loader(dataset, sampler, config.num_workers)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     return Trainer(
         accelerator=accelerator,
         model=model,
@@ -156,8 +156,8 @@ def open_run(
     """
     if resumed is None:
         resumed = config.resume and run.is_interrupted()
-    tracker = _start_wandb(run, config, details) if config.use_wandb else None
-    if not resumed:
+    tracker = _start_wandb(run, config, details) if config.use_wandb and is_main() else None
+    if not resumed and is_main():
         run.clear()
         origin = {
             "fingerprint": run.fingerprint,
@@ -169,6 +169,7 @@ def open_run(
     return RunLog(run.path / LOG, tracker)
 
 
+@in_main_process
 def close_run(run: RunFolder, log: RunLog, summary: Mapping[str, Any]) -> None:
     """Remove the checkpoint of a finished run and end its tracking."""
     run.checkpoint.unlink(missing_ok=True)

@@ -166,6 +166,12 @@ def small_model(code: str, seed: int = 0, max_len: int = 20) -> Retriever:
     return model
 
 
+def shares(batches: list[dict[str, Any]]) -> list[float]:
+    """Share of each micro-batch in the mean loss of a step."""
+    counts = [batch["num_targets"] for batch in batches]
+    return [count / sum(counts) for count in counts]
+
+
 def read_tokenizer(folder: Path) -> Tokenizer:
     """Read ``tokenizer.json`` as it is, with any padding and truncation stored in it."""
     from tokenizers import Tokenizer

@@ -12,6 +12,7 @@ from process import (
     ACCELERATE_SETTINGS,
     Terminated,
     check_device,
+    check_single_process,
     deferred_signals,
     has_cuda_driver,
     raise_interrupt,
@@ -84,12 +85,34 @@ def test_raise_interrupt():
 # Devices ----------------------------------------------------------------------------------------
 
 
-def test_a_run_has_one_process(monkeypatch: pytest.MonkeyPatch):
+def test_what_needs_a_single_process(monkeypatch: pytest.MonkeyPatch):
+    check_single_process()
     monkeypatch.setenv("WORLD_SIZE", "1")
-    check_device("cpu")
+    check_single_process()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="start it with python"):
+    with pytest.raises(UserError, match=r"started 2 processes, .*: start it with python"):
+        check_single_process()
+
+
+def test_accelerate_launches_one_process_on_cpus(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "False")  # with --num_processes 1
+    check_device("cpu")
+    monkeypatch.setenv("MASTER_PORT", "29500")  # with --num_processes 2
+    with pytest.raises(UserError, match="use torchrun --nproc_per_node N"):
         check_device("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_device("cpu")
+
+
+def test_accelerate_launch_with_cpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("process.has_cuda_driver", lambda: True)
+    assert use_cuda(None)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    check_device(None)
+    assert not use_cuda(None)
+    with pytest.raises(ArgumentError, match="launched with --cpu"):
+        check_device("cuda")
 
 
 def test_settings_of_accelerate_in_the_environment(monkeypatch: pytest.MonkeyPatch):

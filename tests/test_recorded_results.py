@@ -63,6 +63,7 @@ from evaluation.retrieval import hard_negatives, rank_interactions, retrieve
 from jagged import JaggedBatch
 from model.base import Retriever, RetrieverSpec
 from model.registry import load_retriever
+from tests.helpers import shares
 from trainer.fingerprint import RESULTS_FORMAT
 from trainer.optimization import build_optimizer
 from trainer.run_folder import RunFolder
@@ -106,8 +107,10 @@ def batch_results(_: Path) -> Results:
     numbers = [5, 3, 0, 30, 17, 3 + 1000]
     return {
         "order": [list(sampler), sampler.first_examples(3)],
-        "training windows": TrainingWindows(data, 6, 0.5).__getitems__(numbers),
-        "masked windows": MaskedWindows(data, 6, 1.0, 0.3, 42).__getitems__(numbers),
+        "training windows": without_weights(TrainingWindows(data, 6, 0.5).__getitems__(numbers)),
+        "masked windows": without_weights(
+            MaskedWindows(data, 6, 1.0, 0.3, 42).__getitems__(numbers)
+        ),
         "histories": Histories(data, "test", 6).__getitems__([4, 0, 9]),
         "histories with a mask": Histories(data, "val", 6, 30).__getitems__([4, 0, 9]),
         "prefixes": Prefixes(data, 6).__getitems__([0, 8, 21]),
@@ -266,15 +269,15 @@ def prompt_results(_: Path) -> Results:
         "training on inputs": without_weights(
             training_prompts(data, on_inputs=True).__getitems__(NUMBERS)
         ),
-        "weights": np.array([batch["weight"] for batch in examples.__getitems__(NUMBERS)]),
+        "weights": np.array(shares(examples.__getitems__(NUMBERS))),
         "evaluation": evaluation.__getitems__([0, 1, 2, 9]),
         "users": evaluation.users,
     }
 
 
 def without_weights(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Micro-batches without their shares, which are floats."""
-    return [{k: v for k, v in batch.items() if k != "weight"} for batch in batches]
+    """Micro-batches without their numbers of targets, which are recorded as shares."""
+    return [{k: v for k, v in batch.items() if k != "num_targets"} for batch in batches]
 
 
 def save_llama(folder: Path) -> None:
@@ -317,8 +320,9 @@ def language_model_results(folder: Path) -> Results:
     step_losses = []
     for options in ({"letter_ids": None}, {"letter_ids": letter_ids}):
         model.train()
-        for batch in training_prompts(data).__getitems__(NUMBERS):
-            loss = response_loss(model, batch, **options) * batch["weight"]
+        batches = training_prompts(data).__getitems__(NUMBERS)
+        for batch, share in zip(batches, shares(batches)):
+            loss = response_loss(model, batch, **options) * share
             loss.backward()
             step_losses.append(loss.item())
         optimizer.step()
@@ -369,7 +373,9 @@ def guided_title_results(folder: Path) -> Results:
     add_prior_weights(model)
     tokens = torch.from_numpy(prompts.trie.tokens)
     batches = documents.__getitems__(NUMBERS)
-    losses = [guided_loss(model, batch, tokens) * batch["weight"] for batch in batches]
+    losses = [
+        guided_loss(model, batch, tokens) * share for batch, share in zip(batches, shares(batches))
+    ]
     torch.stack(losses).sum().backward()
     scored = candidates.__getitems__(list(range(len(candidates))))
     with torch.no_grad():

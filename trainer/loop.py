@@ -11,15 +11,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import distributed
 from dataloader.sampler import ShuffledBatches
+from distributed import in_main_process
 from errors import UserError
 from process import deferred_signals, raise_interrupt
 from trainer.average import WeightAverage
@@ -100,18 +104,20 @@ class Progress:
 class Trainer:
     """Trains a model; every script uses it with its own loss and validation.
 
-    A batch is a list of micro-batches, whose ``weight`` is their share of the batch's mean loss.
+    A batch is a list of micro-batches, each with the ``num_targets`` that its loss is the mean of.
+    Several processes share the batch and add up their gradients, so that a step is the same for any
+    number of them, but for rounding and what is drawn at random in the model.
 
     Args:
         accelerator: holds the device.
-        model: the model, prepared by the accelerator.
-        optimizer: the optimizer, prepared by the accelerator.
+        model: the model, on the device.
+        optimizer: the optimizer.
         scheduler: learning rate by optimizer step.
-        loader: training batches, prepared by the accelerator.
+        loader: training batches.
         sampler: the loader's sampler, which selects epoch and first batch.
         loss: mean loss of a micro-batch.
         validate: computes the metrics on the validation split.
-        save_best: stores the current weights as the best so far.
+        save_best: stores the current weights as the best so far; the main process writes them.
         settings: when to validate, stop and select.
         checkpoint: file of the checkpoint.
         fingerprint: identifies the run, so that no other run is resumed.
@@ -174,6 +180,7 @@ class Trainer:
         )
         with bar, self._memory_errors_explained(self.settings.advice.out_of_memory):
             self._train(bar)
+        distributed.wait()  # until the best weights are written
         return self.progress
 
     @contextmanager
@@ -186,6 +193,7 @@ class Trainer:
 
     def _train(self, bar: tqdm) -> None:
         batches = self._batches()
+        received: list[int] = []
         while not self.progress.done:
             if self._validation_is_due():
                 self._save()  # so that an interrupted validation loses no steps
@@ -203,9 +211,12 @@ class Trainer:
                     self._advance(batch, bar)
                 if time.monotonic() - self.saved_at > self.settings.save_seconds:
                     self._save()
-            if signals:
+                # All processes must stop after the same step, whoever received the signal.
+                signal = distributed.largest(max([*received, *signals], default=0))
+            received += signals
+            if signal or (received and distributed.size() == 1):
                 self._save()
-                raise_interrupt(signals[0])
+                raise_interrupt(signal or received[0])
 
     def _batches(self) -> Iterator[list[MicroBatch]]:
         """Remaining batches of the current epoch."""
@@ -224,22 +235,40 @@ class Trainer:
 
     def _step(self, batch: list[MicroBatch]) -> Tensor:
         """Take one optimizer step and return the batch's mean loss."""
+        self._seed_step()
         self.model.train()
-        total = torch.zeros((), device=self.accelerator.device)
+        device = self.accelerator.device
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        num_targets = distributed.total(sum(part["num_targets"] for part in batch))
+        total = torch.zeros((), device=device)
         for micro_batch in batch:
-            loss = self.loss(self.model, micro_batch) * micro_batch["weight"]
-            self.accelerator.backward(loss)
+            part = send_to_device(micro_batch, device)
+            loss = self.loss(self.model, part) * (part["num_targets"] / num_targets)
+            loss.backward()
             total += loss.detach()
+        self._add_up_gradients(parameters, total)
         if self.settings.max_grad_norm:
-            self.accelerator.clip_grad_norm_(
-                (p for p in self.model.parameters() if p.requires_grad), self.settings.max_grad_norm
-            )
+            nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
         if self.average:
             self.average.update()
         return total
+
+    def _seed_step(self) -> None:
+        """Let no two processes draw the same dropout, and a resumed run the same as before."""
+        if distributed.size() > 1:
+            words = [self.sampler.seed, self.progress.step, distributed.rank()]
+            torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
+
+    def _add_up_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> None:
+        """Add up the gradients and the loss of all processes' shares."""
+        if distributed.size() > 1:
+            for parameter in parameters:
+                if parameter.grad is None:  # the share is empty
+                    parameter.grad = torch.zeros_like(parameter)
+            distributed.add_up([loss, *(parameter.grad for parameter in parameters)])
 
     def _check_losses(self) -> float:
         """Check the losses since the last check and return the last one.
@@ -314,6 +343,7 @@ class Trainer:
             f"(best {progress.best:.4f} at step {progress.best_step:,})"
         )
 
+    @in_main_process
     def _save(self) -> None:
         if self.losses:
             self._check_losses()  # never save weights that have diverged

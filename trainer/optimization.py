@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from distributed import size
 from process import use_cuda
 
 MIN_PAGED_ELEMENTS = 100_000  # bitsandbytes does not page smaller tensors
@@ -30,8 +31,12 @@ def make_accelerator(device: str | None, seed: int) -> Accelerator:
     torch.backends.cudnn.allow_tf32 = False  # only NARM's GRU would be affected
     # No other accelerators: some cannot compute the complex recurrence of LRURec.
     accelerator = Accelerator(cpu=not use_cuda(device))
-    if accelerator.device.type == "cuda" and torch.cuda.device_count() > 1:
-        print(f"note: {torch.cuda.device_count()} GPUs are visible, of which a run uses the first")
+    num_gpus = torch.cuda.device_count()
+    if accelerator.device.type == "cuda" and num_gpus > 1 and size() == 1:
+        print(
+            f"note: {num_gpus} GPUs are visible, of which this run uses the first; for all, start "
+            f"it with torchrun --nproc_per_node {num_gpus}"
+        )
     set_seed(seed)
     return accelerator
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from distributed import in_main_process
 from storage import atomic_path, reading
 
 
@@ -32,6 +33,7 @@ class RunLog:
                 records = map(json.loads, self.path.read_text().splitlines())
                 self.records = [r for r in records if r["step"] <= last_step]
 
+    @in_main_process
     def add(self, record: dict[str, Any]) -> None:
         """Append a record."""
         self.records.append(record)

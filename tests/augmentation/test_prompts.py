@@ -100,7 +100,6 @@ def test_training_targets_are_the_responses(data: SequenceDataset, prompts: IdPr
     examples = make_examples(data, prompts)
     numbers = list(range(0, 40, 3))
     batches = examples.__getitems__(numbers)
-    assert sum(batch["weight"] for batch in batches) == pytest.approx(1)
     trained_tokens = Counter()
     for batch in batches:
         size = batch["targets"].shape[1]

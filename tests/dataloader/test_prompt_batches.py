@@ -112,16 +112,16 @@ def test_micro_batches_without_a_limit_of_tokens():
     assert [group.tolist() for group in groups] == [[1, 2], [3, 0]]
 
 
-def test_targets_and_weights_of_micro_batches():
+def test_targets_of_micro_batches():
     sequences = [np.array(x) for x in ([5, 6, 7, 8], [9, 9], [3, 4, 5])]
     first, second = training_batches(
         sequences, np.array([3, 1, 2]), np.array([7, 8, 9]), pad_id=1, limits=BatchLimits(2)
     )
     assert first["input_ids"].tolist() == [[5, 6, 7, 8], [1, 3, 4, 5]]
     assert first["targets"].tolist() == [[6, 7, 8], [IGNORE_INDEX, 4, 5]]
-    assert (first["users"], first["weight"]) == ([7, 9], 5 / 6)
+    assert (first["users"], first["num_targets"]) == ([7, 9], 5)
     assert second["input_ids"].tolist() == [[9, 9]] and second["targets"].tolist() == [[9]]
-    assert (second["users"], second["weight"]) == ([8], 1 / 6)
+    assert (second["users"], second["num_targets"]) == ([8], 1)
 
 
 # Training prompts -------------------------------------------------------------------------------
@@ -190,7 +190,8 @@ def test_training_batches_hold_prompts_and_responses(prompts: PromptBuilder, on_
     batches = examples.__getitems__(numbers)
     rows = [len(batch["input_ids"]) for batch in batches]
     assert sum(rows) == 8 and max(rows) <= 3
-    assert sum(batch["weight"] for batch in batches) == pytest.approx(1)
+    for batch in batches:
+        assert batch["num_targets"] == int((batch["targets"] != IGNORE_INDEX).sum())
     expected = []
     for number in numbers:
         history, candidates, index = examples.example(number)

@@ -61,7 +61,7 @@ def test_every_position_predicts_the_next_item(
     for number in range(len(windows)):
         (batch,) = windows.__getitems__([number])
         user = windows.users[number]
-        assert (batch["users"], batch["weight"]) == ([user], 1.0)
+        assert (batch["users"], batch["num_targets"]) == ([user], len(batch["labels"]))
         assert batch["sequences"].scored is None
         start, end = (x[number] - data.offsets[user] for x in (windows.starts, windows.ends))
         window = training_items[user][start:end]
@@ -91,7 +91,8 @@ def test_masked_items_are_the_labels(lengths: list[int], max_len: int, mask_prob
     scored = batch["sequences"].scored
     masked = batch["sequences"].item_ids == data.num_items + 1
     assert torch.equal(masked.nonzero()[:, 0], scored)
-    assert batch["users"] == windows.users.tolist() and batch["weight"] == 1.0
+    assert batch["users"] == windows.users.tolist()
+    assert batch["num_targets"] == len(batch["labels"])
     whole = batch["sequences"].item_ids.clone()
     whole[scored] = batch["labels"]
     filled = {"sequences": batch["sequences"]._replace(item_ids=whole)}

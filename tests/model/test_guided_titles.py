@@ -21,7 +21,7 @@ from model.guided_titles import (
     guided_scores,
     log_softmax_by_group,
 )
-from tests.helpers import read_tokenizer
+from tests.helpers import read_tokenizer, shares
 
 WEIGHTS = (0.7, 0.9)
 NO_SCORES = np.empty(0)
@@ -161,9 +161,9 @@ def test_streamed_targets_equal_separate_texts(
     documents.prior = prior
     numbers = [0, 9, 25]
     tokens = torch.from_numpy(trie.tokens)
+    batches = documents.__getitems__(numbers)
     loss = sum(
-        guided_loss(model, batch, tokens) * batch["weight"]
-        for batch in documents.__getitems__(numbers)
+        guided_loss(model, batch, tokens) * share for batch, share in zip(batches, shares(batches))
     )
     parameters = [p for name, p in model.named_parameters() if "layers" in name or "prior" in name]
     gradients = torch.autograd.grad(loss, parameters)

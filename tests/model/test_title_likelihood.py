@@ -19,7 +19,7 @@ from model.title_likelihood import (
     title_scores,
     token_log_likelihoods,
 )
-from tests.helpers import read_tokenizer
+from tests.helpers import read_tokenizer, shares
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +73,8 @@ def test_streamed_targets_equal_separate_texts(
 ):
     documents = TitleDocuments(toy_data, prompts, limits=BatchLimits(4, 300), pad_id=1)
     numbers = [0, 9, 25]
-    loss = sum(
-        title_loss(stock, batch) * batch["weight"] for batch in documents.__getitems__(numbers)
-    )
+    batches = documents.__getitems__(numbers)
+    loss = sum(title_loss(stock, batch) * share for batch, share in zip(batches, shares(batches)))
     parameters = [p for name, p in stock.named_parameters() if "layers" in name]
     gradients = torch.autograd.grad(loss, parameters)
     total, count = torch.zeros(()), 0

@@ -1,0 +1,169 @@
+"""Several processes that work on one run, started by torchrun or ``accelerate launch``.
+
+All of them run the same script on the same files. In training, each computes its share of a step's
+examples; in evaluation, of n processes each takes every n-th batch. What they computed is exchanged
+exactly, so that all hold the same weights and results. Process 0, the main one, checks the input
+before the others start, and it alone writes files and prints.
+
+Without a launcher there is one process, and nothing here does anything. torch is imported only
+where there are several.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from datetime import timedelta
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+from errors import UserError
+
+PATIENCE = timedelta(days=1)  # one process may wait for another's download or evaluation
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def size() -> int:
+    """Number of processes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and prints."""
+    return rank() == 0
+
+
+def in_main_process(function: Callable[P, None]) -> Callable[P, None]:
+    """Make a function do nothing in the other processes."""
+
+    @wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        if is_main():
+            function(*args, **kwargs)
+
+    return wrapped
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Go through the block as one of the processes, the others later than main and quietly.
+
+    The main process joins them in the block, after its checks. If those fail, the launcher ends the
+    others.
+    """
+    if is_main():
+        yield
+    else:
+        join()
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            yield
+    if size() > 1:
+        from torch import distributed
+
+        distributed.destroy_process_group()
+
+
+def join() -> None:
+    """Wait until all processes have joined; without effect the second time."""
+    if size() == 1:
+        return
+    import torch
+    from torch import distributed
+
+    if distributed.is_initialized():
+        return
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Python's would have to wait as well
+    try:
+        # Gradients stay on the device, all else is exchanged on the host.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        with _others_watched():
+            distributed.init_process_group(backend, timeout=PATIENCE)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+@contextmanager
+def _others_watched() -> Iterator[None]:
+    """Explain why an exchange with the other processes failed.
+
+    Raises:
+        UserError: another process has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(
+            "lost contact with the other processes of the run: see their messages, then continue "
+            "with --resume"
+        ) from error
+
+
+def wait() -> None:
+    """Wait until all processes are here, so that they find what the main one has written."""
+    largest(0)
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Let the main process go through the block first, and the others find what it has cached."""
+    if not is_main():
+        wait()
+    yield
+    if is_main():
+        wait()
+
+
+def total(number: int) -> int:
+    """Sum of every process's number."""
+    return _reduced(number, "SUM")
+
+
+def largest(number: int) -> int:
+    """Largest of every process's number."""
+    return _reduced(number, "MAX")
+
+
+def _reduced(number: int, operation: str) -> int:
+    if size() == 1:
+        return number
+    import torch
+    from torch import distributed
+
+    numbers = torch.tensor([number])
+    with _others_watched():
+        distributed.all_reduce(numbers, op=getattr(distributed.ReduceOp, operation))
+    return int(numbers)
+
+
+def add_up(tensors: Sequence[Any]) -> None:
+    """Replace tensors, in place, by their sums over all processes: the same bits in each."""
+    if size() == 1:
+        return
+    import torch
+    from torch import distributed
+
+    flat = torch.cat([tensor.flatten() for tensor in tensors])  # one exchange instead of many
+    with _others_watched():
+        distributed.all_reduce(flat)
+    for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+        tensor.copy_(summed.view_as(tensor))
+
+
+def interleave(values: list[T]) -> list[T]:
+    """Put together a list of which process r of n holds the values r, r + n, r + 2n, ..."""
+    if size() == 1:
+        return values
+    from torch import distributed
+
+    shares: list[Any] = [None] * size()
+    with _others_watched():
+        distributed.all_gather_object(shares, values)
+    return [shares[i % size()][i // size()] for i in range(sum(map(len, shares)))]
