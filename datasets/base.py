@@ -32,8 +32,8 @@ class RawData(NamedTuple):
     """Raw interactions and titles of one data set.
 
     Attributes:
-        interactions: columns ``user`` and ``item`` (str), ``timestamp`` and ``rating`` (numbers);
-            all ratings are infinite if the data has none.
+        interactions: columns ``user`` and ``item`` (str, perhaps as categories), ``timestamp`` and
+            ``rating`` (numbers); all ratings are infinite if the data has none.
         titles: title by item; items without a title are absent.
     """
 

@@ -46,34 +46,51 @@ def build(code: str, raw: RawData, filters: Filters) -> SequenceDataset:
         InputError: no interactions remain.
     """
     table = _select_interactions(code, raw, filters)
-    user_codes, user_names = _number_names(table["user"])
-    item_codes, item_names = _number_names(table["item"])
-    in_core = k_core(user_codes, item_codes, filters.min_uc, filters.min_sc)
-    if not in_core.any():
+    users, user_names = _number_names(table["user"])
+    items, item_names = _number_names(table["item"])
+    timestamps = table["timestamp"].to_numpy()
+    order = np.lexsort((items, timestamps, users))  # equal rows stay in the order of the file
+    kept = ~_repeated(users, items, timestamps, order)
+    if not kept.all():
+        print(f"note: {code}: dropped {(~kept).sum():,} duplicate interactions", file=sys.stderr)
+    kept[kept] = k_core(users[kept], items[kept], filters.min_uc, filters.min_sc)
+    if not kept.any():
         raise InputError(
             f"{code}: no interactions remain with at least {filters.min_uc} per user and "
             f"{filters.min_sc} per item"
         )
+    if filters.ties == "file":
+        order = np.lexsort((timestamps, users))
+    order = order[kept[order]]
     # Renumber without gaps; the order of the names stays.
-    remaining_users, users = np.unique(user_codes[in_core], return_inverse=True)
-    remaining_items, items = np.unique(item_codes[in_core], return_inverse=True)
-    timestamps = table["timestamp"].to_numpy()[in_core]
-    ties = items if filters.ties == "item" else np.arange(len(items))
-    order = np.lexsort((ties, timestamps, users))
-    item_ids = (items[order] + 1).astype(np.int32)
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(users))]).astype(np.int64)
-    item_names = item_names[remaining_items]
-    titles = ["", *(raw.titles[name] for name in item_names)]
+    user_counts = np.bincount(users[order], minlength=len(user_names))
+    in_core = np.bincount(items[order], minlength=len(item_names)) > 0
+    item_ids = np.cumsum(in_core, dtype=np.int32)[items[order]]
+    offsets = np.concatenate([[0], np.cumsum(user_counts[user_counts > 0])]).astype(np.int64)
+    titles = ["", *(raw.titles[name] for name in item_names[in_core])]
     return SequenceDataset(
         code=code,
         item_ids=item_ids,
         offsets=offsets,
         titles=titles,
-        user_names=list(user_names[remaining_users]),
-        item_names=["", *item_names],
+        user_names=list(user_names[user_counts > 0]),
+        item_names=["", *item_names[in_core]],
         fingerprint=_fingerprint(item_ids, offsets, titles),
         num_tied_targets=_num_tied_targets(timestamps[order], offsets),
     )
+
+
+def _repeated(
+    users: np.ndarray, items: np.ndarray, timestamps: np.ndarray, order: np.ndarray
+) -> np.ndarray:
+    """(n,) bool, true for the interactions that equal the one before them in ``order``."""
+    same = np.ones(max(len(order) - 1, 0), dtype=bool)
+    for values in (users, items, timestamps):
+        ordered = values[order]
+        same &= ordered[1:] == ordered[:-1]
+    repeated = np.zeros(len(order), dtype=bool)
+    repeated[order[1:]] = same
+    return repeated
 
 
 def _num_tied_targets(timestamps: np.ndarray, offsets: np.ndarray) -> int:
@@ -83,7 +100,7 @@ def _num_tied_targets(timestamps: np.ndarray, offsets: np.ndarray) -> int:
 
 
 def _select_interactions(code: str, raw: RawData, filters: Filters) -> pd.DataFrame:
-    """Drop low ratings, items without a title and duplicates."""
+    """Drop low ratings and items without a title."""
     table = raw.interactions
     if filters.min_rating and np.isinf(table["rating"]).all():
         raise ArgumentError("min_rating", f"{filters.min_rating:g}", f"{code} has no ratings")
@@ -94,14 +111,8 @@ def _select_interactions(code: str, raw: RawData, filters: Filters) -> pd.DataFr
             "negative rating",
             file=sys.stderr,
         )
-    table = table[~is_low & table["item"].isin(raw.titles.keys())]
-    is_duplicate = table.duplicated(["user", "item", "timestamp"])
-    if is_duplicate.any():
-        print(
-            f"note: {code}: dropped {is_duplicate.sum():,} duplicate interactions", file=sys.stderr
-        )
-        table = table[~is_duplicate]
-    return table
+    kept = ~is_low & table["item"].isin(raw.titles.keys())
+    return table if kept.all() else table[kept]
 
 
 def _number_names(names: pd.Series) -> tuple[np.ndarray, np.ndarray]:

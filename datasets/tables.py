@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from pyarrow import parquet
 from errors import UserError
 from storage import check_regular, check_unpacked_size, describe
 
+CHUNK_ROWS = 250_000  # read at once; a row of text takes some 200 bytes in memory
 QUOTED = (".csv", ".tsv")  # quotes in MovieLens' and RecBole's own files are part of the text
 
 
@@ -21,6 +24,7 @@ def read_interactions(
 ) -> pd.DataFrame:
     """Read interactions with the columns ``user``, ``item``, ``timestamp`` and ``rating``.
 
+    Users and items are categories, so that an interaction takes 24 bytes, however long the names.
     Without a ``rating`` column, all ratings are infinite, so that every interaction is kept.
 
     Args:
@@ -33,17 +37,45 @@ def read_interactions(
         UserError: the table cannot be read, a user or item is empty, a timestamp is neither a
             finite number nor a date in ISO 8601, or a rating is not a finite number.
     """
-    table = read_columns(path, columns, optional=("rating",), separator=separator, header=header)
-    first_row = 2 if header else 1
-    for name in ("user", "item"):
-        is_empty = (table[name] == "").to_numpy()
-        if is_empty.any():
-            raise UserError(f"{path} row {int(is_empty.argmax()) + first_row}: {name} is empty")
-    table["timestamp"] = to_times(table["timestamp"], path, first_row=first_row)
-    table["rating"] = (
-        to_numbers(table["rating"], path, first_row=first_row) if "rating" in table else np.inf
-    )
-    return table[["user", "item", "timestamp", "rating"]]
+    row = 2 if header else 1
+    names = {"user": _Names(), "item": _Names()}
+    parts: dict[str, list[np.ndarray]] = defaultdict(list)
+    dates = None
+    for table in _chunks(path, columns, ("rating",), separator, header):
+        for name, known in names.items():
+            is_empty = (table[name] == "").to_numpy()
+            if is_empty.any():
+                raise UserError(f"{path} row {int(is_empty.argmax()) + row}: {name} is empty")
+            parts[name].append(known.codes(table[name]))
+        dates = are_dates(table["timestamp"]) if dates is None else dates
+        to_values = to_dates if dates else to_numbers
+        parts["timestamp"].append(to_values(table["timestamp"], path, first_row=row))
+        if "rating" in table:
+            parts["rating"].append(to_numbers(table["rating"], path, first_row=row))
+        row += len(table)
+    values = {name: np.concatenate(parts.pop(name)) for name in list(parts)}
+    categories = {name: known.categories(values[name]) for name, known in names.items()}
+    return pd.DataFrame({"rating": np.inf} | values | categories)[
+        ["user", "item", "timestamp", "rating"]
+    ]
+
+
+class _Names:
+    """Codes of names, by first occurrence."""
+
+    def __init__(self) -> None:
+        self.code_of: dict[str, int] = {}
+
+    def codes(self, column: pd.Series) -> np.ndarray:
+        """(n,) int32 codes; names that are new get the next ones."""
+        codes, distinct = pd.factorize(column)
+        code_of = self.code_of
+        known = (code_of.setdefault(name, len(code_of)) for name in distinct)
+        return np.fromiter(known, np.int32, len(distinct))[codes]
+
+    def categories(self, codes: np.ndarray) -> pd.Categorical:
+        """The names of codes (n,)."""
+        return pd.Categorical.from_codes(codes, categories=pd.Index(self.code_of, dtype=object))
 
 
 def read_columns(
@@ -68,30 +100,56 @@ def read_columns(
     Raises:
         UserError: the file cannot be read, is empty, lacks a column or has it twice.
     """
-    table = _read_table(path, separator, header)
-    if len(table) == 0:
+    return pd.concat(_chunks(path, columns, optional, separator, header), ignore_index=True)
+
+
+def _chunks(
+    path: Path,
+    columns: Mapping[str, Sequence[str]],
+    optional: Sequence[str],
+    separator: str,
+    header: bool,
+) -> Iterator[pd.DataFrame]:
+    """Up to ``CHUNK_ROWS`` rows at a time; see ``read_columns``."""
+    is_empty = True
+    with _problems_explained(path):
+        check_regular(path)
+        is_parquet = path.suffix.lower() == ".parquet"
+        tables = _parquet_chunks(path) if is_parquet else _text_chunks(path, separator, header)
+        for table in tables:
+            if len(table):
+                is_empty = False
+                yield _select_columns(path, _named(path, table, columns, header), columns, optional)
+    if is_empty:
         raise UserError(f"{path} is empty")
+
+
+def _named(
+    path: Path, table: pd.DataFrame, columns: Mapping[str, Sequence[str]], header: bool
+) -> pd.DataFrame:
+    """Name the columns, by the file's header or in the given order."""
     if header:
-        table.columns = [str(name).split(":")[0].strip() for name in table.columns]
-    elif table.shape[1] < len(columns):
+        return table.set_axis([str(name).split(":")[0].strip() for name in table.columns], axis=1)
+    if table.shape[1] < len(columns):
         raise UserError(f"{path} has {table.shape[1]} columns but needs {', '.join(columns)}")
-    else:
-        table = table.iloc[:, : len(columns)].set_axis(list(columns), axis=1)
-    return _select_columns(path, table, columns, optional)
+    return table.iloc[:, : len(columns)].set_axis(list(columns), axis=1)
 
 
-def to_times(column: pd.Series, path: Path, *, first_row: int) -> np.ndarray:
-    """Convert a column of strings to times: numbers, or dates in ISO 8601 without a time zone or
-    with one; arguments as in ``to_numbers``.
+def are_dates(column: pd.Series) -> bool:
+    """Whether a column of times begins with something else than a number."""
+    return bool(pd.to_numeric(column.iloc[:1], errors="coerce").isna().any())
+
+
+def to_dates(column: pd.Series, path: Path, *, first_row: int) -> np.ndarray:
+    """Convert a column of dates in ISO 8601, with or without a time zone; arguments as in
+    ``to_numbers``.
 
     Returns:
-        (n,) numbers as they are, or int64 microseconds since 1970.
+        (n,) int64 microseconds since 1970.
 
     Raises:
-        UserError: a value is neither, or both occur.
+        UserError: a value is not a date.
     """
-    if pd.to_numeric(column.iloc[:1], errors="coerce").notna().all():
-        return to_numbers(column, path, first_row=first_row)
     dates = pd.to_datetime(column, format="ISO8601", utc=True, errors="coerce")
     is_invalid = dates.isna().to_numpy()
     if is_invalid.any():
@@ -131,13 +189,11 @@ def to_numbers(column: pd.Series, path: Path, *, first_row: int) -> np.ndarray:
     return values
 
 
-def _read_table(path: Path, separator: str, header: bool) -> pd.DataFrame:
-    """Read a whole file; see ``read_columns``."""
-    check_regular(path)
+@contextmanager
+def _problems_explained(path: Path) -> Iterator[None]:
+    """Raise a ``UserError`` for whatever a parser raises on a damaged file."""
     try:
-        if path.suffix.lower() == ".parquet":
-            return _read_parquet(path)
-        return _read_text(path, separator, header)
+        yield
     except UserError:
         raise
     except pd.errors.EmptyDataError:
@@ -153,8 +209,8 @@ def _read_table(path: Path, separator: str, header: bool) -> pd.DataFrame:
         raise UserError(f"cannot read {path}: {describe(error)}") from error
 
 
-def _read_text(path: Path, separator: str, header: bool) -> pd.DataFrame:
-    table = pd.read_csv(
+def _text_chunks(path: Path, separator: str, header: bool) -> Iterator[pd.DataFrame]:
+    with pd.read_csv(
         path,
         sep=separator,
         header=0 if header else None,
@@ -163,22 +219,24 @@ def _read_text(path: Path, separator: str, header: bool) -> pd.DataFrame:
         na_filter=False,
         encoding="utf-8-sig",
         quoting=csv.QUOTE_MINIMAL if path.suffix.lower() in QUOTED else csv.QUOTE_NONE,
-    )
-    if not isinstance(table.index, pd.RangeIndex):  # pandas took the first column as row names
-        raise ValueError("its rows have more fields than its first line")
-    return table
+        chunksize=CHUNK_ROWS,
+    ) as tables:
+        for table in tables:
+            if not isinstance(table.index, pd.RangeIndex):  # the first column as row names
+                raise ValueError("its rows have more fields than its first line")
+            yield table
 
 
-def _read_parquet(path: Path) -> pd.DataFrame:
+def _parquet_chunks(path: Path) -> Iterator[pd.DataFrame]:
     with parquet.ParquetFile(path) as file:
         metadata = file.metadata
         # Repeated values take no space in the file but 8 bytes each in memory.
         check_unpacked_size(path, 8 * metadata.num_rows * metadata.num_columns)
         groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
         check_unpacked_size(path, sum(group.total_byte_size for group in groups))
-        table = file.read().to_pandas()
-    strings: pd.DataFrame = table.apply(lambda column: column.astype("string").fillna(""))
-    return strings.astype(object)
+        for batch in file.iter_batches(CHUNK_ROWS):
+            strings = batch.to_pandas().apply(lambda column: column.astype("string").fillna(""))
+            yield strings.astype(object)
 
 
 def _select_columns(

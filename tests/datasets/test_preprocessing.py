@@ -155,6 +155,23 @@ def test_duplicate_rows_count_once(capsys: pytest.CaptureFixture):
     assert capsys.readouterr().err == "note: x: dropped 4 duplicate interactions\n"
 
 
+@pytest.mark.parametrize("ties", ["item", "file"])
+def test_duplicates_need_not_be_neighbours(ties: str, capsys: pytest.CaptureFixture):
+    rows = [
+        ("u", "2", 1),
+        ("v", "1", 1),
+        ("u", "1", 1),
+        ("u", "2", 1),
+        ("v", "2", 0),
+        ("u", "3", 0),
+    ]
+    titles = {str(i): f"t{i}" for i in range(4)}
+    data = build("x", RawData(frame(rows), titles), Filters(min_uc=2, min_sc=1, ties=ties))
+    expected = [3, 1, 2, 2, 1] if ties == "item" else [3, 2, 1, 2, 1]
+    assert data.item_ids.tolist() == expected and data.offsets.tolist() == [0, 3, 5]
+    assert capsys.readouterr().err == "note: x: dropped 1 duplicate interactions\n"
+
+
 def test_an_item_may_repeat_at_another_time():
     rows = [("u", str(i), i) for i in (3, 1, 2, 4)]
     rows += [("u", "1", 9), ("v", "1", 1), ("v", "2", 2), ("v", "3", 3)]
@@ -188,8 +205,9 @@ def test_minimum_rating_needs_ratings():
     assert (caught.value.argument, caught.value.value) == ("min_rating", "3.5")
 
 
-def test_no_interactions_remain():
-    raw = RawData(frame([("u", "1", 1)]), {"1": "t"})
+@pytest.mark.parametrize("titles", [{"1": "t"}, {"2": "t"}])
+def test_no_interactions_remain(titles: dict[str, str]):
+    raw = RawData(frame([("u", "1", 1)]), titles)
     with pytest.raises(InputError, match="x: no interactions remain with at least 5 per user"):
         build("x", raw, Filters())
 

@@ -177,3 +177,42 @@ def test_to_numbers_keeps_large_integers():
     assert numbers.dtype == np.int64 and numbers.tolist() == [2**53 + 1, -1, 0]
     numbers = to_numbers(pd.Series(["1", "0.5"]), Path("x"), first_row=2)
     assert numbers.dtype == np.float64 and numbers.tolist() == [1, 0.5]
+
+
+# Chunks -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize("times", [[3, 2**60 + 1, 5, 1, 2], ["2014-07-23", "2015", "2016"]])
+def test_chunks_change_nothing(
+    suffix: str, times: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    names = ["b", "a", "b", "c", "a"][: len(times)]
+    table = pd.DataFrame({"user": names, "item": names[::-1], "timestamp": times, "rating": 1.5})
+    path = tmp_path / f"log{suffix}"
+    table.to_csv(path, index=False) if suffix == ".csv" else table.to_parquet(path)
+    whole, text = read_interactions(path, COLUMNS), read_columns(path, COLUMNS)
+    assert whole["user"].tolist() == names and text["user"].tolist() == names
+    for rows in (1, 2, 4):
+        monkeypatch.setattr("datasets.tables.CHUNK_ROWS", rows)
+        pd.testing.assert_frame_equal(read_interactions(path, COLUMNS), whole)
+        pd.testing.assert_frame_equal(read_columns(path, COLUMNS), text)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a,1,1\nb,1,1\n,1,1\n", "row 4: user is empty"),
+        ("a,1,1\nb,1,1\nc,1,x\n", "row 4: timestamp 'x' is not a number"),
+        ("a,1,1\nb,1,1\nc,1,2014\nd,1,2014-07-23\n", "row 5: timestamp '2014-07-23' is not"),
+        ("a,1,2014-07-23\nb,1,2014\nc,1,x\n", "row 4: timestamp 'x' is neither"),
+    ],
+)
+def test_mistakes_in_later_chunks(
+    content: str, message: str, path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("datasets.tables.CHUNK_ROWS", 2)
+    path.write_text("user,item,timestamp\n" + content)
+    with pytest.raises(UserError) as caught:
+        read_interactions(path, COLUMNS)
+    assert str(caught.value).startswith(f"{path} {message}")
