@@ -164,7 +164,7 @@ def check_device(device: str | None) -> None:
         if value.lower() != unchanged:
             raise UserError(
                 f"{name}={value} in the environment would change what the run computes: unset it, "
-                "and start the script with python"
+                "or leave it out of accelerate's configuration"
             )
     if "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ and size() == 1:
         raise UserError(

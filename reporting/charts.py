@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from reporting.runs import Recipe
 from reporting.second_stage import Group
-from reporting.statistics import interval, recipe_gains
+from reporting.statistics import summarize
 
 # Text and axes are drawn in a color that nothing else has, which becomes that of the page's text.
 INK = "#010203"
@@ -43,9 +43,9 @@ def means_chart(recipes: Sequence[Recipe], metric: str, paper: Mapping[str, floa
         figure = Figure(figsize=(8, 0.9 + 0.34 * len(recipes)), layout="constrained")
         axis = figure.subplots()
         for row, recipe in enumerate(recipes):
-            gains = recipe_gains(recipe, metric)
-            axis.plot(interval(gains), [row, row], color=COLORS[0], linewidth=2)
-            axis.plot(gains.mean(), row, "o", color=COLORS[0])
+            if summary := summarize(recipe, metric):
+                axis.plot(summary[1:3], [row, row], color=COLORS[0], linewidth=2)
+                axis.plot(summary.mean, row, "o", color=COLORS[0])
             if recipe.model in paper:
                 axis.plot(paper[recipe.model], row, "x", color=COLORS[1], markersize=8)
         axis.set_yticks(range(len(recipes)), [recipe.name for recipe in recipes])

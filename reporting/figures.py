@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from reporting.runs import RANKER, Recipe
-from reporting.statistics import interval, recipe_gains
+from reporting.statistics import summarize
 from storage import atomic_path
 
 METRIC = "NDCG@10"
@@ -61,9 +61,9 @@ def _draw_means(
 ) -> None:
     """Draw each recipe's mean and interval, and a cross at the paper's mean."""
     for row, (recipe, color) in enumerate(_colored(recipes)):
-        gains = recipe_gains(recipe, METRIC)
-        axis.plot(interval(gains), [row, row], color=color, linewidth=2)
-        axis.plot(gains.mean(), row, "o", color=color)
+        if summary := summarize(recipe, METRIC):
+            axis.plot(summary[1:3], [row, row], color=color, linewidth=2)
+            axis.plot(summary.mean, row, "o", color=color)
         if recipe.model in paper:
             axis.plot(paper[recipe.model][METRIC], row, "kx", markersize=7)
     axis.set_yticks(range(len(recipes)), [recipe.name for recipe in recipes])

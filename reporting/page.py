@@ -12,9 +12,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from datasets import SequenceDataset
 from reporting.charts import curves_chart, groups_chart, matrix_chart, means_chart
 from reporting.runs import RANKER, Recipe, Run
-from reporting.second_stage import Effect, examples, find_effect, groups, user_properties
-from reporting.statistics import interval, recipe_gains
-from reporting.tables import METRICS
+from reporting.second_stage import Effect, examples, find_effects, groups, user_properties
+from reporting.statistics import summarize
+from reporting.tables import METRICS, count_seeds, effect_rows
 
 TEMPLATE = "report.html.j2"
 METRIC, METRIC_NAME, METRIC_K = "NDCG@10", "NDCG", 10
@@ -75,7 +75,6 @@ def _dataset_part(
         ("Validation of the rankers, users whose target was retrieved", rankers),
     )
     curves = ((caption, curves_chart(group, METRIC)) for caption, group in captions if group)
-    effects = (find_effect(recipe.runs[0]) for recipe in rankers)
     return {
         "code": code,
         "size": data.summary().partition(": ")[2] if data else "",
@@ -93,9 +92,7 @@ def _dataset_part(
         ),
         "curves": [(caption, chart) for caption, chart in curves if chart],
         "effects": [
-            _effect_part(effect, recipe.name, data)
-            for recipe, effect in zip(rankers, effects)
-            if effect is not None
+            _effect_part(effect, name, data) for name, effect in find_effects(rankers).items()
         ],
         "runs": [_run_part(recipe, run) for recipe in recipes for run in recipe.runs],
     }
@@ -112,15 +109,13 @@ def _table(
     metrics = [metric for metric in METRICS if not (retrieved_only and metric == "Recall@20")]
     rows, columns = [], []
     for recipe in recipes:
-        gains = [recipe_gains(recipe, name, retrieved_only=retrieved_only) for name in metrics]
-        if not all(gain.counted.any() for gain in gains):
+        found = (summarize(recipe, name, retrieved_only=retrieved_only) for name in metrics)
+        summaries = [summary for summary in found if summary]
+        if not summaries:
             continue
-        seeds = len(recipe.runs)
-        name = f"{recipe.name}, {seeds} seed{'s' * (seeds > 1)}"
-        intervals = ("{:.4f} to {:.4f}".format(*interval(gain)) for gain in gains)
-        cells = [Cell(f"{gain.mean():.4f}", text) for gain, text in zip(gains, intervals)]
-        rows.append(Row(name, cells))
-        columns.append([gain.mean() for gain in gains])
+        cells = [Cell(f"{x.mean:.4f}", f"{x.low:.4f} to {x.high:.4f}") for x in summaries]
+        rows.append(Row(f"{recipe.name}, {count_seeds(len(recipe.runs))}", cells))
+        columns.append([summary.mean for summary in summaries])
     for row, means in zip(rows, columns):
         best = [mean == max(column) for mean, column in zip(means, zip(*columns))]
         row.cells[:] = [cell._replace(is_best=value) for cell, value in zip(row.cells, best)]
@@ -138,7 +133,8 @@ def _effect_part(effect: Effect, name: str, data: SequenceDataset | None) -> dic
         (f"of the {effect.retrieved.sum():,} retrieved targets: {what}", f"{share:.0%}")
         for what, share in zip(("rise", "stay", "fall"), effect.shares("two stages").values())
     ]
-    known = data is not None and data.fingerprint == effect.run.settings["data_fingerprint"]
+    settings = effect.runs[0].settings
+    known = data is not None and data.fingerprint == settings["data_fingerprint"]
     by_group, shown = [], []
     if data is not None and known:
         for what, values in user_properties(data).items():
@@ -147,7 +143,9 @@ def _effect_part(effect: Effect, name: str, data: SequenceDataset | None) -> dic
             by_group.append((f"{METRIC} of all users by number of {what}", chart))
         shown = examples(effect, data)
     return {
-        "name": name,
+        "name": f"{name}, {count_seeds(len(effect.runs))}",
+        "scores": effect.scores,
+        "differences": effect_rows(effect),
         "numbers": numbers,
         "matrix": matrix_chart(effect.matrix("two stages")),
         "groups": by_group,

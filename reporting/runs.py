@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,7 +100,8 @@ class Run(NamedTuple):
         return [step for step, _ in points], [value for _, value in points]
 
 
-class Recipe(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Recipe:
     """Runs that differ only in their seed.
 
     Attributes:
@@ -266,4 +268,4 @@ def single_recipe(runs: Sequence[Run], folder: Path, *, fused: bool = False) -> 
         raise ArgumentError("folder", folder, "no finished run there")
     if len(recipes) > 1:
         raise ArgumentError("folder", folder, "runs of several recipes there: name one of them")
-    return recipes[0]._replace(name=str(folder))
+    return replace(recipes[0], name=str(folder))

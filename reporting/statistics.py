@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -98,27 +99,75 @@ def interval(gains: Gains) -> tuple[float, float]:
     return percentile_interval(bootstrap_means(gains))
 
 
+class Summary(NamedTuple):
+    """A metric of a recipe.
+
+    Attributes:
+        mean: mean over all users and runs.
+        low: lower end of the mean's 95% interval.
+        high: upper end of the mean's 95% interval.
+        deviation: standard deviation of the runs' means; None if there is one run.
+    """
+
+    mean: float
+    low: float
+    high: float
+    deviation: float | None
+
+
+@cache
+def summarize(recipe: Recipe, metric: str, *, retrieved_only: bool = False) -> Summary | None:
+    """Mean and interval of a recipe's metric, computed once; see ``recipe_gains``.
+
+    Returns:
+        The summary, or None if no user counts.
+    """
+    gains = recipe_gains(recipe, metric, retrieved_only=retrieved_only)
+    if not gains.counted.any():
+        return None
+    deviation = gains.seed_deviation() if len(recipe.runs) > 1 else None
+    return Summary(gains.mean(), *interval(gains), deviation)
+
+
+class Difference(NamedTuple):
+    """A paired bootstrap of the mean difference between two gains of the same users.
+
+    Attributes:
+        mean: mean over users.
+        low: lower end of its 95% interval.
+        high: upper end of its 95% interval.
+        p: two-sided p-value; 0 if all samples have the same sign.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+
+def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> Difference:
+    """Compare the gains of the same users (num_users,): ours minus theirs."""
+    differences = (ours - theirs)[None]
+    means = bootstrap_means(Gains(differences, np.ones_like(differences, dtype=bool)))
+    p = min(1.0, 2 * min((means <= 0).mean(), (means >= 0).mean()))
+    return Difference(float(differences.mean()), *percentile_interval(means), float(p))
+
+
 class Comparison(NamedTuple):
-    """A paired bootstrap of the difference between two recipes in one metric.
+    """The difference between two recipes in one metric.
 
     Attributes:
         metric: the metric.
         first: the recipe that is subtracted.
         second: the recipe from which it is subtracted.
-        difference: mean over users of the second's gains minus the first's.
-        low: lower end of the difference's 95% interval.
-        high: upper end of the difference's 95% interval.
-        p: two-sided p-value; 0 if all samples have the same sign.
+        difference: of the second's gains to the first's.
         num_users: number of users.
     """
 
     metric: str
     first: Recipe
     second: Recipe
-    difference: float
-    low: float
-    high: float
-    p: float
+    difference: Difference
     num_users: int
 
 
@@ -132,16 +181,4 @@ def compare(first: Recipe, second: Recipe, metric: str) -> Comparison:
     if len({run.settings["data_fingerprint"] for run in first.runs + second.runs}) > 1:
         raise UserError(f"{first.name} and {second.name} are runs on different data")
     ours, theirs = (recipe_gains(recipe, metric).values.mean(axis=0) for recipe in (second, first))
-    differences = ours - theirs
-    counted = np.ones((1, len(differences)), dtype=bool)
-    means = bootstrap_means(Gains(differences[None], counted))
-    p = min(1.0, 2 * min((means <= 0).mean(), (means >= 0).mean()))
-    return Comparison(
-        metric,
-        first,
-        second,
-        float(differences.mean()),
-        *percentile_interval(means),
-        float(p),
-        len(differences),
-    )
+    return Comparison(metric, first, second, paired_difference(ours, theirs), len(ours))

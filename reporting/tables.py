@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reporting.runs import Recipe
-from reporting.statistics import BOOTSTRAP_SAMPLES, Comparison, Gains, interval, recipe_gains
+from reporting.second_stage import METRICS as SECOND_STAGE_METRICS
+from reporting.second_stage import SECOND_STAGE, Effect, find_effects
+from reporting.statistics import BOOTSTRAP_SAMPLES, Comparison, Difference, Summary, summarize
 
 METRICS = ("MRR@5", "NDCG@5", "Recall@5", "MRR@10", "NDCG@10", "Recall@10", "Recall@20")
 
@@ -29,6 +31,12 @@ def report_text(recipes: Mapping[str, Sequence[Recipe]], paper: Mapping[str, Any
             numbers = paper[table].get(code, {})
             rows = results_table(code, of_dataset, numbers, retrieved_only=retrieved_only)
             lines += [*rows, ""]
+    effects = {code: find_effects(of_dataset) for code, of_dataset in recipes.items()}
+    if any(effects.values()):
+        lines += [f"# {SECOND_STAGE}", ""]
+        for code, by_name in effects.items():
+            for name, effect in by_name.items():
+                lines += [*effect_table(code, name, effect), ""]
     searches = [search_table(code, of_dataset) for code, of_dataset in recipes.items()]
     if any(searches):
         lines += ["# Grid searches, validation by weight decay and dropout", ""]
@@ -86,35 +94,84 @@ def results_table(
     metrics = [metric for metric in METRICS if not (retrieved_only and metric == "Recall@20")]
     lines = _header([f"`{code}`", *metrics])
     for recipe in recipes:
-        gains = {
-            metric: recipe_gains(recipe, metric, retrieved_only=retrieved_only)
-            for metric in metrics
+        summaries = {
+            metric: summarize(recipe, metric, retrieved_only=retrieved_only) for metric in metrics
         }
-        lines += _recipe_rows(recipe, gains, paper.get(recipe.model, {}))
+        found = {metric: summary for metric, summary in summaries.items() if summary}
+        if found:
+            lines += _recipe_rows(recipe, found, paper.get(recipe.model, {}))
+        else:
+            lines.append(_row([recipe_title(recipe), *["no users"] * len(metrics)]))
     return lines
+
+
+def recipe_title(recipe: Recipe) -> str:
+    """A recipe's name and its number of seeds."""
+    return f"**{recipe.name}**, {count_seeds(len(recipe.runs))}"
+
+
+def count_seeds(number: int) -> str:
+    """A number of seeds in words."""
+    return f"{number} seed{'s' * (number > 1)}"
 
 
 def _recipe_rows(
-    recipe: Recipe, gains: Mapping[str, Gains], paper: Mapping[str, float]
+    recipe: Recipe, summaries: Mapping[str, Summary], paper: Mapping[str, float]
 ) -> list[str]:
     """One recipe's lines of a results table."""
-    seeds = len(recipe.runs)
-    title = f"**{recipe.name}**, {seeds} seed{'s' * (seeds > 1)}"
-    if not any(gain.counted.any() for gain in gains.values()):
-        return [_row([title, *["no users"] * len(gains)])]
-    means = {metric: gain.mean() for metric, gain in gains.items()}
-    intervals = {metric: interval(gain) for metric, gain in gains.items()}
-    cells = [f"{means[m]:.4f} ({low:.4f} to {high:.4f})" for m, (low, high) in intervals.items()]
-    lines = [_row([title, *cells])]
-    if seeds > 1:
-        deviations = [f"{gain.seed_deviation():.4f}" for gain in gains.values()]
+    cells = [f"{x.mean:.4f} ({x.low:.4f} to {x.high:.4f})" for x in summaries.values()]
+    lines = [_row([recipe_title(recipe), *cells])]
+    if len(recipe.runs) > 1:
+        deviations = [f"{summary.deviation:.4f}" for summary in summaries.values()]
         lines.append(_row(["standard deviation over seeds", *deviations]))
     if paper:
-        published = [f"{paper[m]:.4f}" if m in paper else "" for m in gains]
-        relative = [f"{means[m] / paper[m] - 1:+.1%}" if m in paper else "" for m in gains]
+        published = [f"{paper[m]:.4f}" if m in paper else "" for m in summaries]
+        relative = [
+            f"{summary.mean / paper[m] - 1:+.1%}" if m in paper else ""
+            for m, summary in summaries.items()
+        ]
         lines.append(_row([f"paper, {recipe.model}", *published]))
         lines.append(_row(["difference", *relative]))
     return lines
+
+
+def effect_table(code: str, name: str, effect: Effect) -> list[str]:
+    """Lines of Markdown: the second stage minus its retriever, and the log-loss.
+
+    Args:
+        code: code of the data set.
+        name: name of the ranker's recipe.
+        effect: its ranks beside those of the retriever.
+    """
+    title = f"`{code}`: {name}, {count_seeds(len(effect.runs))}, minus the retriever"
+    return [*_header([title, *effect.scores]), *map(_row, effect_rows(effect))]
+
+
+def effect_rows(effect: Effect) -> list[list[str]]:
+    """Cells of a table with a row for each metric and a column for each kind of scores."""
+    differences = effect.differences()
+    rows = [
+        [metric, *(difference_text(differences[scores][metric]) for scores in effect.scores)]
+        for metric in SECOND_STAGE_METRICS
+    ]
+    if losses := effect.log_losses:
+        before = losses["retriever"]
+        after = (losses[scores] for scores in effect.scores)
+        cells = [f"{loss:.4f} ({loss - before:+.4f})" for loss in after]
+        rows.append([f"log-loss, users retrieved; the retriever's is {before:.4f}", *cells])
+    return rows
+
+
+def difference_text(difference: Difference) -> str:
+    """A difference with its interval and p-value."""
+    mean, low, high, p = difference
+    return f"{mean:+.4f} ({low:+.4f} to {high:+.4f}, {p_text(p)})"
+
+
+def p_text(p: float) -> str:
+    """A p-value in words."""
+    # If all samples have the same sign, p is only known to be below its smallest nonzero value.
+    return f"p = {p:.4f}" if p else f"p < {2 / BOOTSTRAP_SAMPLES:.4f}"
 
 
 def search_table(code: str, recipes: Sequence[Recipe]) -> list[str]:
@@ -149,12 +206,10 @@ def search_table(code: str, recipes: Sequence[Recipe]) -> list[str]:
 
 def comparison_line(comparison: Comparison) -> str:
     """A comparison in one line."""
-    metric, first, second, difference, low, high, p, num_users = comparison
-    # If all samples have the same sign, p is only known to be below its smallest nonzero value.
-    p_value = f"= {p:.4f}" if p else f"< {2 / BOOTSTRAP_SAMPLES:.4f}"
+    metric, first, second, (mean, low, high, p), num_users = comparison
     seeds = f"{len(second.runs)} and {len(first.runs)}"
     size = f"{num_users:,} users" + ("" if seeds == "1 and 1" else f", {seeds} seeds")
     return (
-        f"{metric}: {second.name} minus {first.name} = {difference:+.4f}, "
-        f"95% interval {low:+.4f} to {high:+.4f}, paired bootstrap p {p_value} ({size})"
+        f"{metric}: {second.name} minus {first.name} = {mean:+.4f}, "
+        f"95% interval {low:+.4f} to {high:+.4f}, paired bootstrap {p_text(p)} ({size})"
     )

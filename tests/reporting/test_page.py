@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -15,9 +16,17 @@ import pytest
 
 import report
 from datasets import SequenceDataset
+from errors import InputError
 from reporting.page import report_page
-from reporting.runs import Run, find_recipes, find_runs, fused_variants
-from reporting.second_stage import Effect, examples, find_effect, groups, user_properties
+from reporting.runs import Recipe, Run, find_recipes, find_runs, fused_variants
+from reporting.second_stage import (
+    Effect,
+    examples,
+    find_effect,
+    find_effects,
+    groups,
+    user_properties,
+)
 
 VOID = {"meta", "input", "br", "link"}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -66,6 +75,7 @@ def test_a_page_of_both_stages(root: Path, toy_data: SequenceDataset):
     assert "<h1>A &lt;title&gt;</h1>" in page and page.count("<svg") == 4
     for text in ("What the second stage does", "20 users at random", "(the held-out item)"):
         assert text in page
+    assert re.search(r"<td>NDCG@10</td>(<td>[+-]0\.\d{4} \([^<]*, p [^<]*</td>){2}</tr>", page)
     assert str(toy_data.summary().partition(": ")[2]) in page
 
 
@@ -82,7 +92,8 @@ def test_titles_cannot_break_the_page(root: Path, toy_data: SequenceDataset):
 
 
 def test_examples_are_rankings_with_names(root: Path, toy_data: SequenceDataset):
-    effect = find_effect(next(run for run in find_runs(root) if run.fused_ranks is not None))
+    run = next(run for run in find_runs(root) if run.fused_ranks is not None)
+    effect = find_effect(Recipe("ranker", [run]))
     assert effect is not None
     shown = examples(effect, toy_data)
     assert len(shown) == min(20, effect.retrieved.sum())
@@ -90,19 +101,19 @@ def test_examples_are_rankings_with_names(root: Path, toy_data: SequenceDataset)
         index = toy_data.user_names.index(user.user)
         ((title, before, after, _),) = (row for row in user.candidates if row[3])
         assert title == toy_data.titles[toy_data.targets("test")[index]]
-        assert before == effect.ranks["retriever"][index]
-        assert after == effect.ranks["two stages"][index]
+        assert before == effect.ranks["retriever"][0, index]
+        assert after == effect.ranks["two stages"][0, index]
         assert sorted(row[1] for row in user.candidates) == list(range(1, 21))
 
 
 @pytest.fixture()
 def effect(make_run: Callable[..., Run]) -> Effect:
-    """Ten users, of which five were retrieved."""
+    """Ten users, of which five were retrieved, in one run."""
     ranks = {
-        "retriever": np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
-        "two stages": np.array([2, 1, 3, 1, 1, 6, 7, 8, 9, 10]),
+        "retriever": np.array([[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]),
+        "two stages": np.array([[2, 1, 3, 1, 1, 6, 7, 8, 9, 10]]),
     }
-    return Effect(make_run(), ranks, np.arange(10) < 5)
+    return Effect([make_run()], ranks, np.arange(10)[None] < 5, {})
 
 
 def test_shares_and_matrix(effect: Effect):
@@ -110,6 +121,38 @@ def test_shares_and_matrix(effect: Effect):
     matrix = effect.matrix("two stages")
     assert matrix.shape == (5, 5) and matrix.sum() == 5
     assert matrix[0, 1] == matrix[1, 0] == matrix[2, 2] == matrix[3, 0] == matrix[4, 0] == 1
+
+
+def test_differences_average_over_seeds(effect: Effect):
+    (differences,) = effect.differences().values()
+    assert list(differences) == ["MRR@10", "NDCG@10", "Recall@10"]
+    assert differences["MRR@10"].mean == pytest.approx((-1 / 2 + 1 / 2 + 3 / 4 + 4 / 5) / 10)
+    assert differences["Recall@10"][:3] == (0, 0, 0) and differences["Recall@10"].p == 1
+    before, after = effect.ranks["retriever"], effect.ranks["two stages"]
+    ranks = {"retriever": np.vstack([before, before]), "fused": np.vstack([after, before])}
+    two = effect._replace(ranks=ranks).differences()
+    assert list(two) == ["fused"]
+    assert two["fused"]["NDCG@10"].mean == pytest.approx(differences["NDCG@10"].mean / 2)
+
+
+def test_effects_need_their_retriever(
+    write_ranker: Callable[..., Path], write_retriever: Callable[..., Path], tmp_path: Path
+):
+    retriever = write_retriever(tmp_path / "lru")
+    gone = str(tmp_path / "gone")
+    for seed, source in ((1, str(retriever)), (2, gone)):
+        write_ranker(tmp_path / f"r{seed}", seed=seed, retrieved_from=source)
+    recipes = find_recipes(find_runs(tmp_path), tmp_path)["custom"]
+    ((name, effect),) = find_effects(recipes).items()
+    assert name == "LlamaRec, tiny" and effect.log_losses == {}
+    assert [run.settings["seed"] for run in effect.runs] == [1]
+    losses = {"retriever": 3.0, "ranker": 2.5, "fused": 2.0}
+    (tmp_path / "r1" / "fusion.json").write_text(json.dumps({"log_loss": {"test": losses}}))
+    ((_, effect),) = find_effects(recipes).items()
+    assert effect.log_losses == {"retriever": 3.0, "two stages": 2.5, "fused": 2.0}
+    (tmp_path / "r1" / "fusion.json").write_text("{}")
+    with pytest.raises(InputError, match=r"fusion\.json"):
+        find_effects(recipes)
 
 
 def test_groups_of_about_equal_size(effect: Effect):

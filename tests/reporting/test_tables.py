@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from reporting.runs import Recipe, Run
+from reporting.second_stage import Effect
 from reporting.statistics import compare
 from reporting.tables import (
     METRICS,
     comparison_line,
     data_table,
+    effect_table,
     report_text,
     results_table,
     search_table,
@@ -109,6 +111,22 @@ def test_comparison_line(make_run: Callable[..., Run]):
     line = comparison_line(compare(one, worse, "MRR@10"))
     assert line.startswith("MRR@10: worse minus one = -0.1464, 95% interval -")
     assert line.endswith("paired bootstrap p < 0.0002 (10 users, 2 and 1 seeds)")
+
+
+def test_effect_table(make_run: Callable[..., Run]):
+    before = np.arange(1, 11)[None]
+    ranks = {"retriever": before, "two stages": np.full((1, 10), 99), "fused": before}
+    losses = {"retriever": 3.0, "two stages": 2.5, "fused": 2.0}
+    effect = Effect([make_run()], ranks, before < 6, losses)
+    lines = effect_table("games", "LlamaRec", effect)
+    assert lines[0] == ("| `games`: LlamaRec, 1 seed, minus the retriever | two stages | fused |")
+    assert [line.split(" | ")[0] for line in lines[2:5]] == ["| MRR@10", "| NDCG@10", "| Recall@10"]
+    assert lines[4:] == [
+        "| Recall@10 | -1.0000 (-1.0000 to -1.0000, p < 0.0002) "
+        "| +0.0000 (+0.0000 to +0.0000, p = 1.0000) |",
+        "| log-loss, users retrieved; the retriever's is 3.0000 "
+        "| 2.5000 (-0.5000) | 2.0000 (-1.0000) |",
+    ]
 
 
 def test_report_has_a_section_for_each_table(searched: Recipe, make_run: Callable[..., Run]):
