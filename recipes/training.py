@@ -114,8 +114,9 @@ def build_trainer(
         save_best: see ``Trainer``.
         user_names: see ``Trainer``.
     """
+    sampler.total = settings.total_steps(len(sampler))
     optimizer, scheduler = build_optimization(
-        model, config, lr=lr, total_steps=settings.total_steps(len(sampler)), paged=paged
+        model, config, lr=lr, total_steps=sampler.total, paged=paged
     )
     loader = training_loader(dataset, sampler, config.num_workers)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
