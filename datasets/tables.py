@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,28 @@ from pyarrow import parquet
 from errors import UserError
 from storage import check_regular, check_unpacked_size, describe
 
+SEPARATORS = {".csv": ",", ".tsv": "\t", ".inter": "\t", ".item": "\t", ".parquet": ""}
 QUOTED = (".csv", ".tsv")  # quotes in MovieLens' and RecBole's own files are part of the text
+
+
+def find_separator(path: Path) -> str:
+    """Field separator of a table, by the end of its name in upper or lower case.
+
+    Returns:
+        The separator; empty for a Parquet file.
+
+    Raises:
+        UserError: the name ends in something else.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in SEPARATORS:
+        raise UserError(f"{path}: its name must end in {', '.join(SEPARATORS)}")
+    return SEPARATORS[suffix]
+
+
+def has_quotes(path: Path) -> bool:
+    """Whether quotes in a text file enclose a field, and are not part of the text."""
+    return path.suffix.lower() in QUOTED
 
 
 def read_interactions(
@@ -72,12 +93,45 @@ def read_columns(
     if len(table) == 0:
         raise UserError(f"{path} is empty")
     if header:
-        table.columns = [str(name).split(":")[0].strip() for name in table.columns]
-    elif table.shape[1] < len(columns):
+        found = find_columns(path, table.columns, columns, optional)
+        return pd.DataFrame({name: table.iloc[:, index] for name, index in found.items()})
+    if table.shape[1] < len(columns):
         raise UserError(f"{path} has {table.shape[1]} columns but needs {', '.join(columns)}")
-    else:
-        table = table.iloc[:, : len(columns)].set_axis(list(columns), axis=1)
-    return _select_columns(path, table, columns, optional)
+    return table.iloc[:, : len(columns)].set_axis(list(columns), axis=1)
+
+
+def find_columns(
+    path: Path,
+    header: Iterable[object],
+    columns: Mapping[str, Sequence[str]],
+    optional: Sequence[str] = (),
+) -> dict[str, int]:
+    """Find columns in a header; arguments as in ``read_columns``.
+
+    Returns:
+        Index in the header by column.
+
+    Raises:
+        UserError: a column is absent or occurs twice.
+    """
+    names = [str(name).split(":")[0].strip() for name in header]
+    given = {name.lower(): name for name in reversed(names)}
+    given |= {name: name for name in names}  # the same case first
+    found = {}
+    for column, other_names in columns.items():
+        known = (given.get(name, given.get(name.lower())) for name in (column, *other_names))
+        name = next((name for name in known if name is not None), None)
+        if name is None:
+            if column in optional:
+                continue
+            alternatives = f" (or {', '.join(other_names)})" if other_names else ""
+            raise UserError(
+                f"{path} lacks the column {column}{alternatives}; it has {', '.join(names)}"
+            )
+        if names.count(name) > 1:
+            raise UserError(f"{path} has two columns {name}: rename one")
+        found[column] = names.index(name)
+    return found
 
 
 def to_times(column: pd.Series, path: Path, *, first_row: int) -> np.ndarray:
@@ -162,7 +216,7 @@ def _read_text(path: Path, separator: str, header: bool) -> pd.DataFrame:
         keep_default_na=False,
         na_filter=False,
         encoding="utf-8-sig",
-        quoting=csv.QUOTE_MINIMAL if path.suffix.lower() in QUOTED else csv.QUOTE_NONE,
+        quoting=csv.QUOTE_MINIMAL if has_quotes(path) else csv.QUOTE_NONE,
     )
     if not isinstance(table.index, pd.RangeIndex):  # pandas took the first column as row names
         raise ValueError("its rows have more fields than its first line")
@@ -179,28 +233,3 @@ def _read_parquet(path: Path) -> pd.DataFrame:
         table = file.read().to_pandas()
     strings: pd.DataFrame = table.apply(lambda column: column.astype("string").fillna(""))
     return strings.astype(object)
-
-
-def _select_columns(
-    path: Path, table: pd.DataFrame, columns: Mapping[str, Sequence[str]], optional: Sequence[str]
-) -> pd.DataFrame:
-    """Pick the columns of ``read_columns`` by name."""
-    selected = {}
-    given = {str(name).lower(): name for name in reversed(table.columns)}
-    given |= {str(name): name for name in reversed(table.columns)}  # the same case first
-    for column, other_names in columns.items():
-        wanted = (column, *other_names)
-        names = (given.get(name, given.get(name.lower())) for name in wanted)
-        name = next((name for name in names if name is not None), None)
-        if name is None:
-            if column in optional:
-                continue
-            alternatives = f" (or {', '.join(other_names)})" if other_names else ""
-            raise UserError(
-                f"{path} lacks the column {column}{alternatives}; "
-                f"it has {', '.join(map(str, table.columns))}"
-            )
-        if list(table.columns).count(name) > 1:
-            raise UserError(f"{path} has two columns {name}: rename one")
-        selected[column] = table[name]
-    return pd.DataFrame(selected)

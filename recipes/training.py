@@ -16,8 +16,9 @@ from torch.utils.data import Dataset
 
 from config import CommonConfig
 from dataloader.sampler import ShuffledBatches, training_loader
-from errors import UserError
-from storage import describe, write_json
+from errors import InputError, UserError, advice
+from recipes.runs import FROM_SCRATCH
+from storage import describe, read_json, reading, write_json
 from trainer.average import WeightAverage
 from trainer.fingerprint import RESULTS_FORMAT
 from trainer.loop import Advice, LoopSettings, Metrics, Trainer
@@ -160,6 +161,7 @@ def open_run(
     tracker = _start_wandb(run, config, details) if config.use_wandb else None
     if not resumed:
         run.clear()
+    if not (resumed and is_readable(run.path / CONFIG)):
         origin = {
             "fingerprint": run.fingerprint,
             "results_format": RESULTS_FORMAT,
@@ -168,6 +170,15 @@ def open_run(
         }
         write_json(run.path / CONFIG, config.as_dict() | dict(details) | origin)
     return RunLog(run.path / LOG, tracker)
+
+
+def is_readable(path: Path) -> bool:
+    """Whether a file of JSON is there and not damaged."""
+    try:
+        read_json(path)
+    except InputError:
+        return False
+    return True
 
 
 def close_run(run: RunFolder, log: RunLog, summary: Mapping[str, Any]) -> None:
@@ -207,6 +218,16 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def print_metrics(path: Path, title: str) -> None:
+    """Print the metrics of a finished run.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    with advice(FROM_SCRATCH), reading(path):
+        print(metrics_table({title: read_json(path)}))
 
 
 def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> str:
