@@ -200,7 +200,7 @@ def _start_wandb(run: RunFolder, config: CommonConfig, details: Mapping[str, Any
     try:
         return wandb.init(
             project=WANDB_PROJECT,
-            name=f"{run.path.parent.name}_{config.dataset_code}",
+            name=f"{run.path.parent.name}_{details.get('data_code', config.dataset_code)}",
             config=config.as_dict() | dict(details),
             dir=str(run.path),
         )
