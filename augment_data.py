@@ -14,12 +14,12 @@ from pathlib import Path
 from cli import parse, run_main
 from config import AugmentationConfig
 from datasets import SequenceDataset
-from errors import UserError
+from errors import UserError, advice
 from flags import flags_of
 from process import check_device, check_single_process
 from recipes.language_model import LanguageModel, find_language_model
 from recipes.runs import check_examples, check_replaceable, load_data, locked, run_fingerprint
-from storage import read_json
+from storage import read_json, reading
 from trainer.run_folder import CHECKPOINT, CONFIG, RunFolder
 
 OUTPUTS = ("adapter", "generated.jsonl", "augmented.npz", "augmentation.json", "exports")
@@ -34,11 +34,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = load_data(config)
     check_examples(data)
     retriever = read_retriever(config, data)
-    earlier = earlier_stages(config)
+    run_dir = config.run_dir(data.code)
+    earlier = earlier_stages(config, run_dir)
     language_model = find_language_model(config)
     stages = stage_fingerprints(config, data, language_model, retriever)
-    details = language_model.details() | {"data_fingerprint": data.fingerprint, "stages": stages}
-    run = RunFolder(config.run_dir, OUTPUTS, stages["filter"])
+    details = language_model.details() | {
+        "data_code": data.code, "data_fingerprint": data.fingerprint, "stages": stages,
+    }  # fmt: skip
+    run = RunFolder(run_dir, OUTPUTS, stages["filter"])
     check_replaceable(run, config)
     with locked(run):
         # torch and transformers take seconds to import, so this comes after all checks.
@@ -62,7 +65,9 @@ def read_retriever(config: AugmentationConfig, data: SequenceDataset) -> bytes:
             f"--retriever_path {run_dir}: no finished run of train_retriever.py there; name one, "
             "e.g. experiments/lru/ml-100k"
         )
-    if read_json(run_dir / CONFIG).get("data_fingerprint") != data.fingerprint:
+    with advice("name another run of train_retriever.py with --retriever_path"):
+        settings = read_json(run_dir / CONFIG)
+    if settings.get("data_fingerprint") != data.fingerprint:
         raise UserError(
             f"--retriever_path {run_dir}: belongs to other data than {data.code}; name a retriever "
             "trained with the same --dataset_code, --data_root and --min_* flags"
@@ -70,7 +75,7 @@ def read_retriever(config: AugmentationConfig, data: SequenceDataset) -> bytes:
     return weights.read_bytes()
 
 
-def earlier_stages(config: AugmentationConfig) -> dict[str, str]:
+def earlier_stages(config: AugmentationConfig, run_dir: Path) -> dict[str, str]:
     """Fingerprints of the stages of the run to reuse.
 
     Raises:
@@ -79,7 +84,7 @@ def earlier_stages(config: AugmentationConfig) -> dict[str, str]:
     if config.reuse is None:
         return {}
     earlier = Path(config.reuse)
-    if earlier.resolve() == config.run_dir.resolve():
+    if earlier.resolve() == run_dir.resolve():
         raise UserError(f"--reuse {earlier} is the folder of this run; use another --export_root")
     if not all((earlier / name).exists() for name in (CONFIG, *OUTPUTS)):
         raise UserError(f"--reuse {earlier}: no finished run of augment_data.py there")
@@ -87,7 +92,9 @@ def earlier_stages(config: AugmentationConfig) -> dict[str, str]:
         raise UserError(
             f"--reuse {earlier}: that run is not finished; continue it with --resume first"
         )
-    return read_json(earlier / CONFIG).get("stages", {})
+    path = earlier / CONFIG
+    with advice("name another run with --reuse"), reading(path):
+        return dict(read_json(path).get("stages", {}))
 
 
 def stage_fingerprints(

@@ -8,7 +8,7 @@ torch, so that ``--help`` and error messages appear at once.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +150,9 @@ class CommonConfig:
         """All settings as plain values, for ``config.json``."""
         return asdict(self)
 
-    def _run_dir(self, name: str) -> Path:
+    def _run_dir(self, name: str, data_code: str) -> Path:
         """``--export_root`` if given, else ``<experiment root>/<name>/<data set>``."""
-        default = Path(self.experiment_root, name, str(self.dataset_code))
+        default = Path(self.experiment_root, name, data_code)
         return Path(self.export_root) if self.export_root else default
 
 
@@ -249,10 +249,9 @@ class RetrieverConfig(CommonConfig):
                 f"the stride is less than one item at --max_len {self.max_len}"
             )
 
-    @property
-    def run_dir(self) -> Path:
+    def run_dir(self, data_code: str) -> Path:
         """Folder of this run, ``experiments/<model>/<data set>`` by default."""
-        return self._run_dir(self.model_code)
+        return self._run_dir(self.model_code, data_code)
 
     @property
     def excludes_history(self) -> bool:
@@ -413,15 +412,19 @@ class RankerConfig(LanguageModelConfig):
         """Whether titles are scored relative to the retriever's probabilities."""
         return self.verbalizer == "titles" and self.retriever_prior
 
+    def with_retriever(self, data_code: str) -> RankerConfig:
+        """These settings with the retriever's run, by default the one of LRURec on the data set."""
+        default = str(Path(self.experiment_root, "lru", data_code))
+        return replace(self, llm_retrieved_path=self.llm_retrieved_path or default)
+
     @property
     def retrieved_dir(self) -> Path:
-        """Folder of the retriever's run."""
-        default = Path(self.experiment_root, "lru", str(self.dataset_code))
-        return Path(self.llm_retrieved_path) if self.llm_retrieved_path else default
+        """Folder of the retriever's run; see ``with_retriever``."""
+        return Path(str(self.llm_retrieved_path))
 
-    def run_dir(self, model_name: str) -> Path:
+    def run_dir(self, model_name: str, data_code: str) -> Path:
         """Folder of this run, ``experiments/<base model>/<data set>`` by default."""
-        return self._run_dir(model_name)
+        return self._run_dir(model_name, data_code)
 
 
 @dataclass(frozen=True)
@@ -489,10 +492,9 @@ class AugmentationConfig(LanguageModelConfig):
         if self.plausible_rank and not self.retriever_path:
             raise UserError("--plausible_rank needs --retriever_path, whose ranks it bounds")
 
-    @property
-    def run_dir(self) -> Path:
+    def run_dir(self, data_code: str) -> Path:
         """Folder of this run, ``experiments/llm4idrec/<data set>`` by default."""
-        return self._run_dir("llm4idrec")
+        return self._run_dir("llm4idrec", data_code)
 
 
 ALL_CONFIGS: tuple[type[CommonConfig], ...] = (RetrieverConfig, RankerConfig, AugmentationConfig)

@@ -14,7 +14,7 @@ from cli import Parser, add_run_flags, run_main
 from errors import UserError
 from process import check_single_process
 from recipes.runs import check_own_folder, data_config, finished_settings, load_data
-from storage import atomic_folder
+from storage import atomic_folder, remove_left_behind
 
 README = "README.md"
 TITLE = "# An exported run\n"  # by which an earlier export is known
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # torch takes seconds to import, so this comes after all checks.
     from recipes.export import export_run
 
+    remove_left_behind(output)
     with atomic_folder(output) as folder:
         export_run(run_dir, settings, data, flags.llm_base_model, folder)
     print(f"written to {output}; its {README} says how to load each file")

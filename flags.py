@@ -47,7 +47,7 @@ def number(kind: type, lowest: float, highest: float, *, below: bool = False) ->
         except ValueError:
             noun = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"'{text}' is not {noun}") from None
-        if math.isnan(value):
+        if value != value:  # NaN; math.isnan does not take large integers
             raise argparse.ArgumentTypeError(f"'{text}' is not a number")
         if value < lowest:
             bound = f"at least {lowest}"

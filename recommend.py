@@ -71,7 +71,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--input",
         metavar="FILE",
-        help="CSV, TSV or Parquet file with users of the data set (column user) or the "
+        help="CSV, TSV, Parquet or .inter file with users of the data set (column user) or the "
         "interactions of anybody (user, item, timestamp; all rows of a user together)",
     )
     parser.add_argument("--output", metavar="DIR", help="folder of Parquet files for --input")

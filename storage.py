@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from safetensors import SafetensorError
 
 from errors import InputError, UserError
@@ -143,6 +145,14 @@ def remove_temporary_files(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def remove_left_behind(path: Path) -> None:
+    """Remove what killed processes of this machine left when they were writing ``path``."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        pid = temporary.name.split(".")[-2]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as JSON; floats keep every digit."""
     with atomic_path(path) as temporary:
@@ -153,14 +163,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object.
 
     Raises:
-        UserError: the file is missing or holds something else.
+        InputError: the file is missing or holds something else.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {describe(error)}") from error
+        raise InputError(f"cannot read {path}: {describe(error)}") from error
     if not isinstance(value, dict):
-        raise UserError(f"cannot read {path}: it holds no JSON object")
+        raise InputError(f"cannot read {path}: it holds no JSON object")
     return value
 
 

@@ -19,7 +19,7 @@ from errors import UserError, advice
 from flags import reread
 from process import check_device
 from recipes.language_model import LanguageModel, find_language_model
-from recipes.prompts import build_prompts
+from recipes.prompts import build_prompts, note_few_items
 from recipes.runs import check_examples, check_replaceable, load_data, locked, run_fingerprint
 from storage import read_json, reading
 from trainer.run_folder import CONFIG, LOG, RunFolder
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(RankerConfig, argv, __doc__, preset=ranker_preset, inherit=retriever_settings)
     check_device(config.device)
     data = load_data(config)
+    config = config.with_retriever(data.code)
     check_examples(data)
     candidates = read_candidates(config, data)
     check_retriever(config)
@@ -49,10 +50,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     sizes = [split.items.shape[1] for split in candidates.values()]
     num_candidates = max(config.llm_negative_sample_size + 1, *sizes)
     prompts = build_prompts(config, data, num_candidates, language_model)
+    if config.verbalizer == "letters":
+        note_few_items(config, data)
     details = run_details(config, data, language_model)
     items = (split.items.tobytes() for split in candidates.values())
     fingerprint = run_fingerprint(config, language_model.details(), data, *items)
-    run = RunFolder(config.run_dir(language_model.base.name), OUTPUTS, fingerprint)
+    run = RunFolder(config.run_dir(language_model.base.name, data.code), OUTPUTS, fingerprint)
     check_replaceable(run, config)
     with locked(run):
         # torch and transformers take seconds to import, so this comes after all checks.
@@ -81,8 +84,8 @@ def retriever_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     path = run_dir / CONFIG
     if not path.exists():
         return {}
-    settings = read_json(path)
     with advice(RETRAIN), reading(path):
+        settings = read_json(path)
         settings = reread(
             RankerConfig, {name: settings[name] for name in DATA_FLAGS if name in settings}
         )
@@ -132,11 +135,13 @@ def run_details(
 ) -> dict[str, Any]:
     """Resolved settings and the retriever's, for ``config.json``."""
     details = language_model.details() | {
+        "data_code": data.code,
         "data_fingerprint": data.fingerprint,
         "retrieved_from": str(config.retrieved_dir),
     }
     if (config.retrieved_dir / CONFIG).exists():
-        details["retriever"] = read_json(config.retrieved_dir / CONFIG)
+        with advice(RETRAIN):
+            details["retriever"] = read_json(config.retrieved_dir / CONFIG)
     return details
 
 

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_sizes(config, data)
     augmented = read_augmented(config, data)
     inputs = fingerprint_inputs(config, augmented)
-    run = RunFolder(config.run_dir, OUTPUTS, run_fingerprint(config, {}, data, *inputs))
+    run = RunFolder(config.run_dir(data.code), OUTPUTS, run_fingerprint(config, {}, data, *inputs))
     if not (config.search and (run.path / SEARCH).exists()):  # a search always resumes
         check_replaceable(run, config)
     note_repeated_targets(config, data)

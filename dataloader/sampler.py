@@ -24,7 +24,13 @@ class ShuffledBatches(Sampler[list[int]]):
         num_examples: examples per epoch.
         batch_size: examples per batch; the last batch may be smaller.
         seed: seed of the order of every epoch.
+
+    Attributes:
+        total: batches of all epochs together, None if there is no end. Loaders look ahead, and what
+            examples are built from may cover no more than the steps of the run.
     """
+
+    total: int | None = None
 
     def __init__(self, num_examples: int, batch_size: int, seed: int) -> None:
         self.num_examples, self.batch_size, self.seed = num_examples, batch_size, seed
@@ -46,7 +52,10 @@ class ShuffledBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         numbers = self._order(self.epoch) + self.epoch * self.num_examples
-        for start in range(self.first_batch * self.batch_size, self.num_examples, self.batch_size):
+        end = self.num_examples
+        if self.total is not None:
+            end = min(end, (self.total - self.epoch * len(self)) * self.batch_size)
+        for start in range(self.first_batch * self.batch_size, end, self.batch_size):
             yield numbers[start : start + self.batch_size].tolist()
 
 

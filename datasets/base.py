@@ -46,7 +46,7 @@ class RawSource:
     """Where a data set comes from.
 
     Attributes:
-        code: the data set's code.
+        code: the data set's code; None for one by the first file's name and all files' content.
         files: the raw files that determine the result.
         fetch: downloads the raw files that are missing.
         read: reads the raw files.
@@ -54,7 +54,7 @@ class RawSource:
             with the default filters.
     """
 
-    code: str
+    code: str | None
     files: tuple[Path, ...]
     fetch: Callable[[], None]
     read: Callable[[], RawData]

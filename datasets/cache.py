@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import numpy as np
 from datasets.base import Filters, RawSource, SequenceDataset
 from datasets.preprocessing import build
 from errors import UserError
-from storage import check_regular, describe, read_arrays, reading, write_arrays
+from storage import check_regular, describe, read_arrays, reading, remove_left_behind, write_arrays
 
 CACHE_FORMAT = 4  # increment when preprocessing or the arrays in the file change
+MAX_STEM = 40  # characters of a file's name in a code; four bytes each at most
 
 
 def build_cached(source: RawSource, filters: Filters, cache_root: Path) -> SequenceDataset:
@@ -26,17 +28,19 @@ def build_cached(source: RawSource, filters: Filters, cache_root: Path) -> Seque
         UserError: raw files cannot be downloaded or used, or the cache cannot be written.
     """
     source.fetch()
-    key = _cache_key(source, filters)
-    path = cache_root / f"{source.code}.npz"
+    content = _hash_files(source)
+    code = source.code or _code_by_content(source, content)
+    key = hashlib.sha256(json.dumps([CACHE_FORMAT, code, *filters]).encode() + content).hexdigest()
+    path = cache_root / f"{code}.npz"
     data = note = None
     if path.exists():
         note = f"note: {path} was built from other files or with other filters: rebuilt"
         try:
-            data = _read_cache(path, key, source.code)
+            data = _read_cache(path, key, code)
         except UserError as error:
             note = f"note: {error}: rebuilt"
     if data is None:
-        data = build(source.code, source.read(), filters)
+        data = build(code, source.read(), filters)
         _write_cache(path, key, data)
         if note:
             print(note, file=sys.stderr)
@@ -45,17 +49,23 @@ def build_cached(source: RawSource, filters: Filters, cache_root: Path) -> Seque
     return data
 
 
-def _cache_key(source: RawSource, filters: Filters) -> str:
-    """Hash everything that determines the preprocessed data."""
-    digest = hashlib.sha256(json.dumps([CACHE_FORMAT, source.code, *filters]).encode())
+def _hash_files(source: RawSource) -> bytes:
+    """SHA-256 of each raw file, one after the other."""
+    hashes = []
     for path in source.files:
         check_regular(path)
         try:
             with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+                hashes.append(hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
             raise UserError(f"cannot read {path}: {describe(error)}") from error
-    return digest.hexdigest()
+    return b"".join(hashes)
+
+
+def _code_by_content(source: RawSource, content: bytes) -> str:
+    """A code for files of a user, so that those of different content never share a name."""
+    stem = re.sub(r"[^\w.-]", "_", source.files[0].stem)[:MAX_STEM]
+    return f"{stem}-{hashlib.sha256(content).hexdigest()[:8]}"
 
 
 def _write_cache(path: Path, key: str, data: SequenceDataset) -> None:
@@ -67,6 +77,7 @@ def _write_cache(path: Path, key: str, data: SequenceDataset) -> None:
         "fingerprint": data.fingerprint,
         "num_tied_targets": data.num_tied_targets,
     }
+    remove_left_behind(path)
     write_arrays(
         path,
         item_ids=data.item_ids,

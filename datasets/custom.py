@@ -8,11 +8,10 @@ from pathlib import Path
 import pandas as pd
 
 from datasets.base import RawData, RawSource
-from datasets.tables import read_columns, read_interactions
+from datasets.tables import find_separator, read_columns, read_interactions
 from datasets.titles import clean_title
 from errors import UserError
 
-SEPARATORS = {".csv": ",", ".tsv": "\t", ".inter": "\t", ".item": "\t", ".parquet": ""}
 # Accepted column names besides the keys, in order of preference.
 INTERACTION_COLUMNS = {
     "user": ["user_id", "userId", "uid"],
@@ -36,8 +35,8 @@ def source(interactions_path: Path, items_path: Path) -> RawSource:
     Raises:
         UserError: a file name has an unknown extension.
     """
-    interactions_separator = _separator(interactions_path)
-    items_separator = _separator(items_path)
+    interactions_separator = find_separator(interactions_path)
+    items_separator = find_separator(items_path)
 
     def read() -> RawData:
         table = read_interactions(
@@ -56,7 +55,7 @@ def source(interactions_path: Path, items_path: Path) -> RawSource:
             )
         return RawData(table, titles)
 
-    return RawSource("custom", (interactions_path, items_path), lambda: None, read)
+    return RawSource(None, (interactions_path, items_path), lambda: None, read)
 
 
 def note_repeated(path: Path, items: pd.DataFrame) -> None:
@@ -69,10 +68,3 @@ def note_repeated(path: Path, items: pd.DataFrame) -> None:
             f"the first such item is {repeated[0]}",
             file=sys.stderr,
         )
-
-
-def _separator(path: Path) -> str:
-    suffix = path.suffix.lower()
-    if suffix not in SEPARATORS:
-        raise UserError(f"{path}: its name must end in {', '.join(SEPARATORS)}")
-    return SEPARATORS[suffix]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +16,28 @@ from errors import UserError
 from storage import check_regular, check_unpacked_size, describe
 
 CHUNK_ROWS = 250_000  # read at once; a row of text takes some 200 bytes in memory
+SEPARATORS = {".csv": ",", ".tsv": "\t", ".inter": "\t", ".item": "\t", ".parquet": ""}
 QUOTED = (".csv", ".tsv")  # quotes in MovieLens' and RecBole's own files are part of the text
+
+
+def find_separator(path: Path) -> str:
+    """Field separator of a table, by the end of its name in upper or lower case.
+
+    Returns:
+        The separator; empty for a Parquet file.
+
+    Raises:
+        UserError: the name ends in something else.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in SEPARATORS:
+        raise UserError(f"{path}: its name must end in {', '.join(SEPARATORS)}")
+    return SEPARATORS[suffix]
+
+
+def has_quotes(path: Path) -> bool:
+    """Whether quotes in a text file enclose a field, and are not part of the text."""
+    return path.suffix.lower() in QUOTED
 
 
 def read_interactions(
@@ -48,8 +69,7 @@ def read_interactions(
                 raise UserError(f"{path} row {int(is_empty.argmax()) + row}: {name} is empty")
             parts[name].append(known.codes(table[name]))
         dates = are_dates(table["timestamp"]) if dates is None else dates
-        to_values = to_dates if dates else to_numbers
-        parts["timestamp"].append(to_values(table["timestamp"], path, first_row=row))
+        parts["timestamp"].append(to_times(table["timestamp"], path, first_row=row, dates=dates))
         if "rating" in table:
             parts["rating"].append(to_numbers(table["rating"], path, first_row=row))
         row += len(table)
@@ -119,20 +139,59 @@ def _chunks(
         for table in tables:
             if len(table):
                 is_empty = False
-                yield _select_columns(path, _named(path, table, columns, header), columns, optional)
+                yield _named(path, table, columns, optional, header)
     if is_empty:
         raise UserError(f"{path} is empty")
 
 
 def _named(
-    path: Path, table: pd.DataFrame, columns: Mapping[str, Sequence[str]], header: bool
+    path: Path,
+    table: pd.DataFrame,
+    columns: Mapping[str, Sequence[str]],
+    optional: Sequence[str],
+    header: bool,
 ) -> pd.DataFrame:
-    """Name the columns, by the file's header or in the given order."""
+    """Pick the columns, by the file's header or in the given order."""
     if header:
-        return table.set_axis([str(name).split(":")[0].strip() for name in table.columns], axis=1)
+        found = find_columns(path, table.columns, columns, optional)
+        return pd.DataFrame({name: table.iloc[:, index] for name, index in found.items()})
     if table.shape[1] < len(columns):
         raise UserError(f"{path} has {table.shape[1]} columns but needs {', '.join(columns)}")
     return table.iloc[:, : len(columns)].set_axis(list(columns), axis=1)
+
+
+def find_columns(
+    path: Path,
+    header: Iterable[object],
+    columns: Mapping[str, Sequence[str]],
+    optional: Sequence[str] = (),
+) -> dict[str, int]:
+    """Find columns in a header; arguments as in ``read_columns``.
+
+    Returns:
+        Index in the header by column.
+
+    Raises:
+        UserError: a column is absent or occurs twice.
+    """
+    names = [str(name).split(":")[0].strip() for name in header]
+    given = {name.lower(): name for name in reversed(names)}
+    given |= {name: name for name in names}  # the same case first
+    found = {}
+    for column, other_names in columns.items():
+        known = (given.get(name, given.get(name.lower())) for name in (column, *other_names))
+        name = next((name for name in known if name is not None), None)
+        if name is None:
+            if column in optional:
+                continue
+            alternatives = f" (or {', '.join(other_names)})" if other_names else ""
+            raise UserError(
+                f"{path} lacks the column {column}{alternatives}; it has {', '.join(names)}"
+            )
+        if names.count(name) > 1:
+            raise UserError(f"{path} has two columns {name}: rename one")
+        found[column] = names.index(name)
+    return found
 
 
 def are_dates(column: pd.Series) -> bool:
@@ -140,16 +199,21 @@ def are_dates(column: pd.Series) -> bool:
     return bool(pd.to_numeric(column.iloc[:1], errors="coerce").isna().any())
 
 
-def to_dates(column: pd.Series, path: Path, *, first_row: int) -> np.ndarray:
-    """Convert a column of dates in ISO 8601, with or without a time zone; arguments as in
-    ``to_numbers``.
+def to_times(column: pd.Series, path: Path, *, first_row: int, dates: bool) -> np.ndarray:
+    """Convert a column of strings to times: numbers, or dates in ISO 8601 with or without a time
+    zone; other arguments as in ``to_numbers``.
+
+    Args:
+        dates: whether the values are dates, see ``are_dates``.
 
     Returns:
-        (n,) int64 microseconds since 1970.
+        (n,) numbers as they are, or int64 microseconds since 1970.
 
     Raises:
-        UserError: a value is not a date.
+        UserError: a value is something else.
     """
+    if not dates:
+        return to_numbers(column, path, first_row=first_row)
     dates = pd.to_datetime(column, format="ISO8601", utc=True, errors="coerce")
     is_invalid = dates.isna().to_numpy()
     if is_invalid.any():
@@ -218,7 +282,7 @@ def _text_chunks(path: Path, separator: str, header: bool) -> Iterator[pd.DataFr
         keep_default_na=False,
         na_filter=False,
         encoding="utf-8-sig",
-        quoting=csv.QUOTE_MINIMAL if path.suffix.lower() in QUOTED else csv.QUOTE_NONE,
+        quoting=csv.QUOTE_MINIMAL if has_quotes(path) else csv.QUOTE_NONE,
         chunksize=CHUNK_ROWS,
     ) as tables:
         for table in tables:
@@ -237,28 +301,3 @@ def _parquet_chunks(path: Path) -> Iterator[pd.DataFrame]:
         for batch in file.iter_batches(CHUNK_ROWS):
             strings = batch.to_pandas().apply(lambda column: column.astype("string").fillna(""))
             yield strings.astype(object)
-
-
-def _select_columns(
-    path: Path, table: pd.DataFrame, columns: Mapping[str, Sequence[str]], optional: Sequence[str]
-) -> pd.DataFrame:
-    """Pick the columns of ``read_columns`` by name."""
-    selected = {}
-    given = {str(name).lower(): name for name in reversed(table.columns)}
-    given |= {str(name): name for name in reversed(table.columns)}  # the same case first
-    for column, other_names in columns.items():
-        wanted = (column, *other_names)
-        names = (given.get(name, given.get(name.lower())) for name in wanted)
-        name = next((name for name in names if name is not None), None)
-        if name is None:
-            if column in optional:
-                continue
-            alternatives = f" (or {', '.join(other_names)})" if other_names else ""
-            raise UserError(
-                f"{path} lacks the column {column}{alternatives}; "
-                f"it has {', '.join(map(str, table.columns))}"
-            )
-        if list(table.columns).count(name) > 1:
-            raise UserError(f"{path} has two columns {name}: rename one")
-        selected[column] = table[name]
-    return pd.DataFrame(selected)

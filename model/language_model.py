@@ -14,6 +14,7 @@ from typing import Any, cast
 import psutil
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
@@ -24,7 +25,7 @@ from model.cpu_attention import speed_up_on_cpu
 from model.cpu_norm import speed_up_norms
 from model.layers import Dropout
 from model.lora import compute_in_input_dtype
-from storage import atomic_folder, describe, reading
+from storage import atomic_folder, describe, read_json, reading
 
 OWN = "prior_weights.safetensors"
 PROBE_TOKENS = 64
@@ -193,6 +194,18 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
         model.save_pretrained(str(temporary), save_embedding_layers=False)
         if own := dict(model.named_parameters(recurse=False)):
             save_file({name: value.detach() for name, value in own.items()}, temporary / OWN)
+
+
+def check_adapter(folder: Path) -> None:
+    """Refuse a damaged adapter, without loading it.
+
+    Raises:
+        InputError: one cannot be read.
+    """
+    read_json(folder / "adapter_config.json")
+    for path in sorted(folder.glob("*.safetensors")):
+        with reading(path), safe_open(path, framework="np"):
+            pass
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:

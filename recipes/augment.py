@@ -25,7 +25,7 @@ from dataloader.prompt_batches import BatchLimits
 from dataloader.sampler import ShuffledBatches
 from datasets import SequenceDataset
 from errors import advice
-from model.language_model import load_adapter, save_adapter
+from model.language_model import check_adapter, load_adapter, save_adapter
 from model.registry import load_retriever
 from model.verbalizer import response_loss
 from recipes.language_model import LanguageModel
@@ -141,6 +141,8 @@ def reuse_stages(
         if earlier.get(stage) != stages[stage]:
             print(f"note: {source} was made with other settings or data: not reused")
             continue
+        with advice("name another run with --reuse, or run that one again"):
+            check_adapter(source) if source.is_dir() else read_texts(source)
         if source.is_dir():
             with atomic_folder(target) as temporary:
                 shutil.copytree(source, temporary, dirs_exist_ok=True)

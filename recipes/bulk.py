@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from config import CommonConfig
-from errors import UserError
+from errors import UserError, advice
 from recipes.people import People, Person
 from recipes.runs import load_data
 from storage import atomic_path, read_json, reading, write_json
@@ -149,7 +149,9 @@ def recommend_to_all(job: Job, people: People, engine: Engine, *, resume: bool) 
     manifest = job.output / MANIFEST
     record = {"fingerprint": job.fingerprint(), "finished": False}
     if resume and manifest.exists():
-        if read_json(manifest).get("fingerprint") != record["fingerprint"]:
+        with advice("replace the recommendations with --overwrite"):
+            earlier = read_json(manifest)
+        if earlier.get("fingerprint") != record["fingerprint"]:
             raise UserError(
                 f"{job.output} has recommendations of another run, input, --k or --part_users; "
                 "replace them with --overwrite"

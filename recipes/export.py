@@ -33,12 +33,13 @@ from dataloader.title_prompt import TitlePrompts
 from datasets import SequenceDataset
 from errors import advice
 from model.export import export_retriever
+from model.language_model import check_adapter
 from model.registry import load_retriever
 from recipes.export_readme import readme
 from recipes.fit_ranker import ADAPTER, FUSION, RANKINGS
 from recipes.runs import retriever_of
 from recipes.second_stage import FinishedRanker, read_ranker
-from storage import read_arrays, reading
+from storage import read_arrays, read_json, reading, write_json
 from trainer.run_folder import CONFIG
 
 RETRAIN, RERANK = "run train_retriever.py again", "run train_ranker.py again"
@@ -170,8 +171,9 @@ def export_model(run_dir: Path, num_items: int, folder: Path, *, mask_history: b
 def export_ranker(run_dir: Path, ranker: FinishedRanker, folder: Path) -> None:
     """Write the adapter, what surrounds titles, and the fusion."""
     with advice(RERANK), reading(run_dir / ADAPTER):
+        check_adapter(run_dir / ADAPTER)
         shutil.copytree(run_dir / ADAPTER, folder / ADAPTER)
-        shutil.copy(run_dir / FUSION, folder / FUSION)
+        write_json(folder / FUSION, read_json(run_dir / FUSION))
     config, language_model, prompts = ranker
     record = {
         "base_model": language_model.base.name,

@@ -30,10 +30,17 @@ from model.guided_titles import add_prior_weights
 from model.language_model import load_adapter, save_adapter
 from recipes.language_model import LanguageModel
 from recipes.runs import FROM_SCRATCH, is_finished
-from recipes.training import build_trainer, close_run, loop_settings, metrics_table, open_run
+from recipes.training import (
+    build_trainer,
+    close_run,
+    loop_settings,
+    metrics_table,
+    open_run,
+    print_metrics,
+)
 from recipes.tuning import batch_limits, fit_memory, load_with_adapters, tuning_advice
 from recipes.verbalizers import Verbalizer, build_verbalizer
-from storage import read_json, write_arrays, write_json
+from storage import write_arrays, write_json
 from trainer.loop import LoopSettings, Metrics, Trainer
 from trainer.optimization import make_accelerator
 from trainer.run_folder import RunFolder
@@ -65,8 +72,7 @@ def train(
         details: further content of ``config.json``.
     """
     if is_finished(run, config):
-        overall = read_json(run.path / METRICS.format("overall"))
-        print(metrics_table({"two stages": overall}))
+        print_metrics(run.path / METRICS.format("overall"), "two stages")
         return
     trainer, evaluator = set_up(config, data, run, candidates, language_model, prompts, details)
     with advice(FROM_SCRATCH):

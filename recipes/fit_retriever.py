@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from safetensors.torch import load_model, save_model
 from torch.utils.data import DataLoader
@@ -18,7 +19,7 @@ from dataloader.sampler import ShuffledBatches, evaluation_loader
 from dataloader.sequences import Histories, MaskedWindows, TrainingWindows
 from datasets import SequenceDataset
 from distributed import in_main_process, main_first, size
-from errors import advice, flag_names
+from errors import UserError, advice, flag_names
 from evaluation.retrieval import retrieve
 from metrics import ranking_metrics
 from model.base import Retriever, RetrieverSpec
@@ -28,13 +29,21 @@ from model.registry import build_retriever
 from model.titles import cached_title_encodings, init_item_embeddings_
 from process import use_cuda
 from recipes.runs import FROM_SCRATCH, is_finished
-from recipes.training import build_trainer, close_run, loop_settings, metrics_table, open_run
-from storage import atomic_path, read_json, reading, write_json
+from recipes.training import (
+    build_trainer,
+    close_run,
+    loop_settings,
+    metrics_table,
+    open_run,
+    print_metrics,
+)
+from storage import atomic_path, reading, write_json
 from trainer.loop import Advice, LoopSettings, Metrics, Trainer
 from trainer.optimization import make_accelerator
 from trainer.run_folder import RunFolder
 
 WEIGHTS = "model.safetensors"
+BYTES_PER_PARAMETER = 16  # float32 weight, gradient and two moments of the optimizer
 VAL_METRICS = "val_metrics.json"
 TEST_METRICS = "test_metrics.json"
 
@@ -56,7 +65,7 @@ def train(
         encoder: text encoder whose title encodings initialize the item embeddings.
     """
     if is_finished(run, config):
-        print(metrics_table({"test": read_json(run.path / TEST_METRICS)}))
+        print_metrics(run.path / TEST_METRICS, "test")
         return
     trainer, evaluator = set_up(config, data, run, augmented, encoder)
     with advice(FROM_SCRATCH):
@@ -83,6 +92,7 @@ def set_up(
     """Build everything that training needs, and open the run's folder."""
     encodings = title_encodings(config, data, encoder) if encoder else None
     accelerator = make_accelerator(config.device, config.seed)
+    check_memory(config, data.num_items, accelerator.device)
     # Only training sees generated interactions; histories and targets stay as they are.
     training_data = merge(data, augmented, config.augmented_place) if augmented else data
     windows = training_windows(config, training_data)
@@ -114,12 +124,32 @@ def set_up(
     return trainer, evaluator
 
 
+def check_memory(config: RetrieverConfig, num_items: int, device: torch.device) -> None:
+    """Refuse a model for which there is no memory, before the system ends the run.
+
+    Raises:
+        UserError: weights, gradients and the optimizer's state exceed the free memory.
+    """
+    with torch.random.fork_rng(), torch.device("meta"):  # allocates nothing
+        model = build_model(config, num_items, None)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    is_cuda = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available
+    if BYTES_PER_PARAMETER * size > free:
+        raise UserError(
+            f"--hidden_units {config.hidden_units}, --num_blocks {config.num_blocks}: training "
+            f"{size:,} parameters takes {BYTES_PER_PARAMETER * size / 2**30:,.0f} GiB, and "
+            f"{free / 2**30:,.0f} GiB are free: lower them"
+        )
+
+
 def run_details(data: SequenceDataset, augmented: Interactions | None) -> dict[str, Any]:
     """Statistics and hashes of the data, for ``config.json``."""
     details = {
         "num_users": data.num_users,
         "num_items": data.num_items,
         "num_interactions": len(data.item_ids),
+        "data_code": data.code,
         "data_fingerprint": data.fingerprint,
     }
     if augmented:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
 from datasets import SequenceDataset
-from errors import InputError
+from datasets.custom import INTERACTION_COLUMNS
+from datasets.tables import are_dates, find_columns, find_separator, has_quotes, to_times
 from storage import reading
 
 ROWS = 65_536  # read at once
@@ -35,10 +37,11 @@ class People:
     """The users of a table, in its order; those without a known item are counted and left out.
 
     A table with a column ``user`` lists users of the data set. One with ``user``, ``item`` and
-    ``timestamp`` has the interactions of anybody, all rows of a user next to each other.
+    ``timestamp`` has the interactions of anybody, all rows of a user next to each other. Files and
+    their columns are named as in custom data.
 
     Args:
-        path: CSV, TSV or Parquet file.
+        path: CSV, TSV, Parquet or ``.inter`` file.
         data: the data set.
 
     Attributes:
@@ -49,23 +52,22 @@ class People:
     def __init__(self, path: Path, data: SequenceDataset) -> None:
         self.path, self.data = path, data
         self.num_skipped, self.first_skipped = 0, ""
+        self._separator = find_separator(path)
         with reading(path):
-            columns, _ = self._open()
-        wanted = ("user", "item", "timestamp") if "item" in columns else ("user",)
-        missing = [name for name in wanted if name not in columns]
-        if missing:
-            raise InputError(
-                f"{path} lacks the column {missing[0]}: it needs user, for users of the data set, "
-                "or user, item and timestamp"
-            )
-        self.has_interactions = "item" in columns
+            header, _ = self._open()
+        optional = ("item", "timestamp", "rating")
+        self._columns = find_columns(path, header, INTERACTION_COLUMNS, optional)
+        self.has_interactions = "item" in self._columns
+        if self.has_interactions:
+            find_columns(path, header, INTERACTION_COLUMNS, ("rating",))
 
     def _open(self) -> tuple[list[str], Iterable[pa.RecordBatch]]:
         """Names of the columns, and the rows in batches."""
-        if self.path.suffix == ".parquet":
+        if not self._separator:
             file = pq.ParquetFile(self.path)
             return file.schema_arrow.names, file.iter_batches(ROWS)
-        options = pa.csv.ParseOptions(delimiter="\t" if self.path.suffix == ".tsv" else ",")
+        quote = '"' if has_quotes(self.path) else False
+        options = pa.csv.ParseOptions(delimiter=self._separator, quote_char=quote)
         names = pa.csv.open_csv(self.path, parse_options=options).schema.names
         text = pa.csv.ConvertOptions(column_types={name: pa.string() for name in names})
         return names, pa.csv.open_csv(self.path, parse_options=options, convert_options=text)
@@ -91,18 +93,23 @@ class People:
         if part:
             yield part
 
-    def _rows(self, *names: str) -> Iterator[tuple[str, ...]]:
-        """Some columns of all rows, as text."""
+    def _batches(self, *names: str) -> Iterator[list[pd.Series]]:
+        """Some columns as text, in batches of rows whose index is their row in the file."""
+        row = 2 if self._separator else 1
         with reading(self.path):
             for batch in self._open()[1]:
-                yield from zip(
-                    *(batch.column(name).cast(pa.string()).to_pylist() for name in names)
-                )
+                texts = (batch.column(self._columns[name]).cast(pa.string()) for name in names)
+                index = pd.RangeIndex(row, row + len(batch))
+                yield [
+                    pd.Series(text.fill_null("").to_pylist(), index, dtype=object, name=name)
+                    for name, text in zip(names, texts)
+                ]
+                row += len(batch)
 
     def _users(self) -> Iterator[Person]:
         index_of = {name: index for index, name in enumerate(self.data.user_names)}
         offsets, nobody = self.data.offsets, np.empty(0, np.int32)
-        for (name,) in self._rows("user"):
+        for name in chain.from_iterable(users for (users,) in self._batches("user")):
             user = index_of.get(name)
             if user is None:
                 yield Person(name, nobody)
@@ -112,16 +119,16 @@ class People:
     def _interactions(self) -> Iterator[Person]:
         # Index 0 is padding; its empty name must not match an empty cell.
         index_of = {name: index for index, name in enumerate(self.data.item_names) if index}
-        all_rows = self._rows("user", "item", "timestamp")
-        for name, rows in groupby(all_rows, key=lambda row: row[0]):
-            known = [
-                (self._time(time), index_of[item]) for _, item, time in rows if item in index_of
-            ]
+        for name, own in groupby(self._rows(), key=lambda row: row[0]):
+            known = [(time, index_of[item]) for _, item, time in own if item in index_of]
             known.sort(key=lambda row: row[0])
             yield Person(name, np.array([item for _, item in known], dtype=np.int32))
 
-    def _time(self, text: str) -> float:
-        try:
-            return float(text)
-        except (TypeError, ValueError):
-            raise InputError(f"{self.path}: timestamp {text!r} is not a number") from None
+    def _rows(self) -> Iterator[tuple[str, str, float]]:
+        """User, item and time of each interaction."""
+        dates = None
+        for users, items, column in self._batches("user", "item", "timestamp"):
+            if len(column):
+                dates = are_dates(column) if dates is None else dates
+                times = to_times(column, self.path, first_row=column.index[0], dates=dates)
+                yield from zip(users, items, times)

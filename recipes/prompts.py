@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
+
 from config import RankerConfig
 from dataloader.prompt import PromptBuilder
 from dataloader.title_prompt import TitlePrompts
@@ -55,6 +57,19 @@ def build_prompts(
             raise UserError(f"--llm_{error}; {advised}") from error
         advised = "lower --llm_negative_sample_size and the retriever's --num_candidates"
         raise UserError(f"{error.value} candidates: {error.problem}; {advised}") from error
+
+
+def note_few_items(config: RankerConfig, data: SequenceDataset) -> None:
+    """Point out training prompts with fewer negatives than the flags ask for."""
+    asked, starts = config.llm_negative_sample_size, data.offsets
+    sequences = (data.item_ids[s:e] for s, e in zip(starts, data.history_ends("train")))
+    short = sum(len(np.unique(items)) > data.num_items - asked for items in sequences)
+    if short:
+        print(
+            f"note: {short:,} users have training prompts with fewer than {asked:,} negatives "
+            f"(--llm_negative_sample_size): they know most of the {data.num_items:,} items",
+            file=sys.stderr,
+        )
 
 
 def note_equal_titles(data: SequenceDataset) -> None:

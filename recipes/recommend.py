@@ -16,6 +16,7 @@ import numpy as np
 from dataloader.sampler import evaluation_loader
 from dataloader.sequences import Histories
 from datasets import SequenceDataset
+from errors import advice
 from evaluation.retrieval import retrieve
 from model.registry import load_retriever
 from process import use_cuda
@@ -79,7 +80,8 @@ class Recommender:
         with reading(run_dir / CONFIG):
             self.mask_history = retriever["mask_history"] != "never"
             self.num_candidates = int(retriever["num_candidates"])
-        self.retriever = load_retriever(retriever_dir, data.num_items)
+        with advice("run train_retriever.py again"):
+            self.retriever = load_retriever(retriever_dir, data.num_items)
         if "verbalizer" in settings:
             from recipes.second_stage import Ranker
 

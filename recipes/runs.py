@@ -167,7 +167,8 @@ def finished_settings(run_dir: Path) -> dict[str, Any]:
     """
     if not (run_dir / CONFIG).exists():
         raise UserError(f"--run {run_dir}: no {CONFIG} there; name the folder of a finished run")
-    settings: dict[str, Any] = read_json(run_dir / CONFIG)
+    with advice("name another run with --run, or run it again"):
+        settings: dict[str, Any] = read_json(run_dir / CONFIG)
     last = "fusion.json" if "verbalizer" in settings else "test_metrics.json"
     if not (run_dir / last).exists():
         raise UserError(f"--run {run_dir}: the run is not finished; continue it with --resume")

@@ -13,8 +13,7 @@ from datasets import SequenceDataset
 from errors import advice
 from model.hub import BaseModel
 from recipes.fit_retriever import TEST_METRICS, title_encodings
-from recipes.training import metrics_table
-from storage import read_json
+from recipes.training import print_metrics
 from trainer.grid_search import Point, grid, num_cores, publish, run_points, select, table
 from trainer.run_folder import CONFIG, LOG, SEARCH_RUNS, RunFolder
 
@@ -51,8 +50,8 @@ def search(
     best, record = select(points, config.best_metric)
     publish(best, record, run.path, (CONFIG, LOG, *run.outputs))
     print(table(record))
-    print(f"\n{config.dataset_code}, {config.model_code}, {best.name}")
-    print(metrics_table({"test": read_json(run.path / TEST_METRICS)}))
+    print(f"\n{data.code}, {config.model_code}, {best.name}")
+    print_metrics(run.path / TEST_METRICS, "test")
     print(f"\nwritten to {run.path}")
 
 

@@ -94,9 +94,8 @@ class Ranker:
         accelerator = make_accelerator(device, config.seed)
         self.device = accelerator.device
         self.model = load_model(language_model, config, accelerator)
-        with advice("run train_ranker.py again"):
+        with advice("run train_ranker.py again"), reading(run_dir / FUSION):
             load_adapter(self.model, run_dir / ADAPTER)
-        with reading(run_dir / FUSION):
             self.fusion = Fusion(read_json(run_dir / FUSION)["weights"]["fused"])
         self.verbalizer = build_verbalizer(config, data, {}, language_model, self.device, prompts)
 

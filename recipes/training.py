@@ -17,8 +17,9 @@ from torch.utils.data import Dataset
 from config import CommonConfig
 from dataloader.sampler import ShuffledBatches, training_loader
 from distributed import in_main_process, is_main
-from errors import UserError
-from storage import describe, write_json
+from errors import InputError, UserError, advice
+from recipes.runs import FROM_SCRATCH
+from storage import describe, read_json, reading, write_json
 from trainer.average import WeightAverage
 from trainer.fingerprint import RESULTS_FORMAT
 from trainer.loop import Advice, LoopSettings, Metrics, Trainer
@@ -115,8 +116,9 @@ def build_trainer(
         save_best: see ``Trainer``.
         user_names: see ``Trainer``.
     """
+    sampler.total = settings.total_steps(len(sampler))
     optimizer, scheduler = build_optimization(
-        model, config, lr=lr, total_steps=settings.total_steps(len(sampler)), paged=paged
+        model, config, lr=lr, total_steps=sampler.total, paged=paged
     )
     loader = training_loader(dataset, sampler, config.num_workers)
     return Trainer(
@@ -157,16 +159,32 @@ def open_run(
     if resumed is None:
         resumed = config.resume and run.is_interrupted()
     tracker = _start_wandb(run, config, details) if config.use_wandb and is_main() else None
-    if not resumed and is_main():
+    _prepare_folder(run, config.as_dict() | dict(details), resumed)
+    return RunLog(run.path / LOG, tracker)
+
+
+@in_main_process
+def _prepare_folder(run: RunFolder, settings: Mapping[str, Any], resumed: bool) -> None:
+    """Clear the run's folder unless it is resumed, and write ``config.json`` if need be."""
+    if not resumed:
         run.clear()
+    if not (resumed and is_readable(run.path / CONFIG)):
         origin = {
             "fingerprint": run.fingerprint,
             "results_format": RESULTS_FORMAT,
             "torch": torch.__version__,
             "commit": _commit(),
         }
-        write_json(run.path / CONFIG, config.as_dict() | dict(details) | origin)
-    return RunLog(run.path / LOG, tracker)
+        write_json(run.path / CONFIG, dict(settings) | origin)
+
+
+def is_readable(path: Path) -> bool:
+    """Whether a file of JSON is there and not damaged."""
+    try:
+        read_json(path)
+    except InputError:
+        return False
+    return True
 
 
 @in_main_process
@@ -189,7 +207,7 @@ def _start_wandb(run: RunFolder, config: CommonConfig, details: Mapping[str, Any
     try:
         return wandb.init(
             project=WANDB_PROJECT,
-            name=f"{run.path.parent.name}_{config.dataset_code}",
+            name=f"{run.path.parent.name}_{details.get('data_code', config.dataset_code)}",
             config=config.as_dict() | dict(details),
             dir=str(run.path),
         )
@@ -207,6 +225,16 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def print_metrics(path: Path, title: str) -> None:
+    """Print the metrics of a finished run.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    with advice(FROM_SCRATCH), reading(path):
+        print(metrics_table({title: read_json(path)}))
 
 
 def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> str:

@@ -22,7 +22,7 @@ MODEL_ORDER = (*PAPER_MODELS.values(), RANKER)
 # Entries of config.json that may differ between runs of one recipe.
 NOT_IN_RECIPE = IMMATERIAL_FLAGS | {
     "seed", "device", "num_processes", "torch", "versions", "commit", "fingerprint", "total_steps",
-    "retrieved_from",
+    "retrieved_from", "data_code",
 }  # fmt: skip
 SEARCHED = {"weight_decay", "dropout", "attn_dropout"}  # the result of a grid search
 
@@ -51,7 +51,7 @@ class Run(NamedTuple):
     @property
     def dataset(self) -> str:
         """Code of the data set."""
-        return str(self.settings["dataset_code"])
+        return str(self.settings.get("data_code", self.settings["dataset_code"]))
 
     @property
     def model(self) -> str:

@@ -84,15 +84,16 @@ def test_config_is_frozen():
 
 def test_run_folders():
     sas = retriever(dataset_code="games", model_code="sas")
-    assert sas.run_dir == Path("experiments/sas/games")
-    assert retriever(dataset_code="games", export_root="a/b").run_dir == Path("a/b")
-    ranker = RankerConfig(dataset_code="beauty", experiment_root="runs")
-    assert ranker.run_dir("llama") == Path("runs/llama/beauty")
+    assert sas.run_dir("games") == Path("experiments/sas/games")
+    assert retriever(dataset_code="games", export_root="a/b").run_dir("games") == Path("a/b")
+    ranker = RankerConfig(dataset_code="beauty", experiment_root="runs").with_retriever("beauty")
+    assert ranker.run_dir("llama", "beauty") == Path("runs/llama/beauty")
     assert ranker.retrieved_dir == Path("runs/lru/beauty")
     ranker = RankerConfig(dataset_code="beauty", llm_retrieved_path="here", export_root="there")
-    assert (ranker.retrieved_dir, ranker.run_dir("llama")) == (Path("here"), Path("there"))
+    assert ranker.run_dir("llama", "beauty") == Path("there")
+    assert ranker.with_retriever("beauty").retrieved_dir == Path("here")
     augmentation = AugmentationConfig(dataset_code="beauty")
-    assert augmentation.run_dir == Path("experiments/llm4idrec/beauty")
+    assert augmentation.run_dir("beauty") == Path("experiments/llm4idrec/beauty")
 
 
 @pytest.mark.parametrize("config", ALL_CONFIGS)

@@ -78,6 +78,7 @@ def test_numbers_within_bounds(read, text: str, value: float):
         (positive, "2.5", "'2.5' is not a whole number"),
         (positive, "", "'' is not a whole number"),
         (positive, str(2**31), f"{2**31} is out of range; it must be at most {2**31 - 1}"),
+        (positive, "9" * 400, f"{'9' * 400} is out of range; it must be at most {2**31 - 1}"),
         (at_least_two, "1", "1 is out of range; it must be at least 2"),
         (count, "-1", "-1 is out of range; it must be at least 0"),
         (nonnegative, "inf", "inf is out of range; it must be finite"),

@@ -59,6 +59,7 @@ class Mistake(NamedTuple):
 
 RETRIEVE = "train_retriever.py --dataset_code games --data_root absent"
 RANK = "train_ranker.py --dataset_code games --data_root absent"
+CODE = "log-4820ad76"  # of these two files
 DATA = "--dataset_code custom --interactions log.csv --items titles.csv --device cpu"
 CUSTOM = f"train_retriever.py {DATA} --export_root run"
 MOVIES = "train_retriever.py --dataset_code ml-100k"
@@ -88,6 +89,7 @@ FLAGS = [
     Mistake("negative", f"{RETRIEVE} --lr -1", "--lr: -1 is out of range; it must be at least 0"),
     Mistake("too large", f"{RETRIEVE} --dropout 1.0", "1.0 is out of range; it must be below 1.0"),
     Mistake("far too large", f"{RETRIEVE} --seed {10**30}", "it must be at most 2147483647"),
+    Mistake("number of 400 digits", f"{RETRIEVE} --seed {'9' * 400}", "must be at most 2147483647"),
     Mistake("NaN", f"{RETRIEVE} --lr nan", "--lr: 'nan' is not a number"),
     Mistake("NaN without bounds", f"{RETRIEVE} --min_rating nan", "--min_rating: 'nan' is not a"),
     Mistake("infinite", f"{RETRIEVE} --weight_decay inf",
@@ -256,11 +258,11 @@ CUSTOM_DATA = [
     log("huge Parquet", lambda _: huge_parquet(), "unpacks to more than 4 GiB", "log.parquet"),
     log("commas for tabs", HEADER + "a,1,1\n", "log.inter lacks the column user", "log.inter"),
     log("too few interactions", HEADER + "a,i1,1\n",
-        "custom: no interactions remain with at least 5 per user and 5 per item: lower --min_uc, "
+        ": no interactions remain with at least 5 per user and 5 per item: lower --min_uc, "
         "--min_sc or --min_rating, or use more data"),
     Mistake("ratings too low", f"{CUSTOM} --min_rating 6", "lower --min_uc, --min_sc or --min_rat",
             {"log.csv": RATED + "".join(f"a,i{n},1,5\n" for n in range(9))}),
-    Mistake("no ratings", f"{CUSTOM} --min_rating 3", "--min_rating 3: custom has no ratings"),
+    Mistake("no ratings", f"{CUSTOM} --min_rating 3", " has no ratings"),
     titles("empty", "", "titles.csv is empty"),
     titles("no header", "i1,One\ni2,Two\n", "titles.csv lacks the column item (or item_id"),
     titles("no titles", "item\ni1\n", "titles.csv lacks the column title (or name"),
@@ -361,14 +363,15 @@ RESUME = f"{AGAIN} --resume"
 
 RUNS = [
     Mistake("more candidates than items", f"{CUSTOM} --num_candidates 41",
-            "--num_candidates 41: custom has only 40 items"),
+            f"--num_candidates 41: {CODE} has only 40 items"),
     Mistake("more negatives than items", f"{CUSTOM} --negatives 2147483647",
-            "--negatives 2147483647: custom has only 40 items"),
+            f"--negatives 2147483647: {CODE} has only 40 items"),
     Mistake("run's folder is a file", f"{CUSTOM} --export_root log.csv", "cannot write log.csv: "),
     Mistake("run's folder below a file", f"{CUSTOM} --export_root log.csv/a/b",
             "cannot write log.csv/a/b: Not a directory"),
     Mistake("name too long", f"{CUSTOM} --export_root {'x' * 300}", "File name too long"),
-    Mistake("cache is a file", f"{CUSTOM} --cache_root log.csv", "cannot write log.csv/custom.npz"),
+    Mistake("cache is a file", f"{CUSTOM} --cache_root log.csv",
+            f"cannot write log.csv/{CODE}.npz"),
     Mistake("finished run", AGAIN, f"{RETRIEVER} holds an earlier run: replace it with --overwrite,"
             " or use another --export_root"),
     Mistake("interrupted run", AGAIN, f"{RETRIEVER} holds an interrupted run: continue it with "
@@ -389,6 +392,8 @@ RUNS = [
             {f"{RETRIEVER}/checkpoint.safetensors": foreign_checkpoint}),
     Mistake("no account", f"{AGAIN} --overwrite --use_wandb", "--use_wandb: No API key configured",
             env={"WANDB_MODE": "online", "WANDB_API_KEY": "", "WANDB_BASE_URL": "http://127.0.0.1:9"}),
+    Mistake("too wide for the memory", f"{CUSTOM} --hidden_units 16384 --num_blocks 64",
+            "--hidden_units 16384, --num_blocks 64: training "),
     Mistake("far too wide", f"{CUSTOM} --hidden_units 2000000000", "it must be at most 16384"),
     Mistake("no encoder", f"{CUSTOM} --title_encoder ./none",
             "--title_encoder ./none: neither a folder nor owner/name on the hub"),
@@ -460,7 +465,7 @@ RETRIEVED = [
     Mistake("folder without a run", "train_ranker.py --llm_retrieved_path data",
             "--llm_retrieved_path data: no candidates.npz there"),
     Mistake("no run in the default folder", f"train_ranker.py {DATA} --experiment_root none",
-            "none/lru/custom/candidates.npz does not exist: run train_retriever.py with the same"),
+            f"none/lru/{CODE}/candidates.npz does not exist: run train_retriever.py with the "),
     Mistake("other data set", f"{RANK} --llm_retrieved_path {RETRIEVER}",
             f"--dataset_code games: {RETRIEVER} used custom; leave out the flag or name another "
             "--llm_retrieved_path"),
@@ -473,7 +478,8 @@ RETRIEVED = [
     retrieved("candidates truncated", "candidates.npz", lambda x: x[:1000],
               "run train_retriever.py with the same data and --min_* flags"),
     retrieved("candidates are noise", "candidates.npz", b"PK" * 99, "candidates.npz is damaged ("),
-    retrieved("settings damaged", "config.json", lambda x: x[:99], "custom/config.json: "),
+    retrieved("settings damaged", "config.json", lambda x: x[:99],
+              "(char 99): run train_retriever.py again"),
     retrieved("settings are a list", "config.json", "[1]", "config.json: it holds no JSON object"),
     retrieved("deeply nested settings", "config.json", "[" * 10**5, "custom/config.json: "),
     retrieved("settings not UTF-8", "config.json", b"\xff\xfe", "custom/config.json: "),
@@ -485,7 +491,7 @@ RETRIEVED = [
     retrieved("settings of other data", "config.json", settings(items="x.csv"), "cannot read x"),
     candidates("pickled objects", "allow_pickle=False", "val_items", lambda x: x.astype(object)),
     candidates("missing array", "is damaged (no 'val_labels')", "val_labels", lambda x: None),
-    candidates("other data", "belongs to other data than custom, or to other filters: run train_re",
+    candidates("other data", f"belongs to other data than {CODE}, or to other filters: run",
                "fingerprint", lambda x: "another"),
     candidates("missing users", "test items have shape (50, 20), not (60, candidates)",
                "test_items", lambda x: x[:50]),
@@ -628,7 +634,7 @@ AUGMENTATION = [
     Mistake("damaged retriever", JUDGE, f"{RETRIEVER}: cannot load the retriever",
             {f"{RETRIEVER}/model.safetensors": lambda x: x[:-9]}),
     Mistake("retriever of other data", JUDGE,
-            f"--retriever_path {RETRIEVER}: belongs to other data than custom; name a retriever",
+            f"--retriever_path {RETRIEVER}: belongs to other data than {CODE}; name a retriever",
             {f"{RETRIEVER}/config.json": settings(data_fingerprint="another")}),
     Mistake("retriever's settings are a list", JUDGE, "config.json: it holds no JSON object",
             {f"{RETRIEVER}/config.json": "[]"}),
@@ -652,8 +658,8 @@ AUGMENTATION = [
             "name a finished run of augment_data.py with the same data and --min_* flags"),
     Mistake("generated: noise", TRAIN_ON, "generated/augmented.npz is damaged (",
             {"generated/augmented.npz": b"PK" * 99}),
-    generated("other data", "generated/augmented.npz belongs to another data set than custom or to "
-              "other filters: name a finished run of augment_data.py"),
+    generated("other data", f"augmented.npz belongs to another data set than {CODE} or to other "
+              "filters: name a finished run of augment_data.py"),
     generated("no items", "augmented.npz is damaged (no 'items')", items=None),
     generated("pickled objects", "allow_pickle=False", items=np.array([1, None])),
 ]  # fmt: skip
@@ -730,7 +736,7 @@ def template(
     shutil.copy(toy["interactions"], root / "log.csv")
     shutil.copy(toy["items"], root / "titles.csv")
     shutil.copytree(tiny_llama, root / "model")
-    command = f"train_retriever.py {DATA} --max_steps 60 --train_batch_size 16"
+    command = f"{CUSTOM} --export_root {RETRIEVER} --max_steps 60 --train_batch_size 16"
     done = run_script(*command.split(), cwd=root)
     assert done.returncode == 0, done.stderr
     return root

@@ -107,7 +107,7 @@ def test_a_conversation(
     recommend.main(["--run", str(retrieved), "--k", "2"])
     printed = capsys.readouterr().out
     assert f"History of user {toy_data.user_names[0]}, the last 10 of" in printed
-    assert "no title in custom resembles 'qqqq'" in printed
+    assert f"no title in {toy_data.code} resembles 'qqqq'" in printed
     assert printed.count("rank  title") == 2 and next(lines, None) is None
 
 
@@ -117,9 +117,9 @@ def test_a_conversation(
         (["--user", "u1", "--history", "a"], "--user and --history: give one of them"),
         (["--user", "u1", "--k", "0"], "--k and --part_users must be at least 1"),
         (["--user", "u1", "--k", "41"], "--k 41: 40 items are in the catalogue"),
-        (["--user", "nobody"], "--user nobody: no such user in custom; similar: "),
+        (["--user", "nobody"], "--user nobody: no such user in interactions-.*; similar: "),
         (["--history", " ; "], "--history: no titles"),
-        (["--history", "qqqq"], "give other titles with --history|no title in custom resembles"),
+        (["--history", "qqqq"], "give other titles with --history|no title in .* resembles"),
         ([], "give a user with --user, titles with --history or a file with --input"),
     ],
 )

@@ -44,13 +44,15 @@ def flags(retrieved: Path, tiny_llama: Path) -> list[object]:
 
 
 @pytest.fixture(scope="module")
-def ranked(flags: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ranked(
+    flags: list[object], toy_data: SequenceDataset, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Folder of a finished run."""
     root = tmp_path_factory.mktemp("ranker")
     done = run_script("train_ranker.py", *flags, "--experiment_root", root)
     assert done.returncode == 0, done.stderr
     assert "two stages" in done.stdout and "train: 100%" in done.stderr
-    return root / "tiny-llama" / "custom"
+    return root / "tiny-llama" / toy_data.code
 
 
 def assert_same_results(run: Path, expected: Path) -> None:

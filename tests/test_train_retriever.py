@@ -97,9 +97,9 @@ def test_wandb_offline(toy_flags: list, tmp_path: Path):
 
 @pytest.mark.parametrize("code", ["sas", "bert", "narm"])
 def test_baselines_learn_and_feed_the_ranker(
-    code: str, toy_flags: list, tiny_llama: Path, tmp_path: Path
+    code: str, toy_flags: list, toy_data: SequenceDataset, tiny_llama: Path, tmp_path: Path
 ):
-    run = tmp_path / code / "custom"
+    run = tmp_path / code / toy_data.code
     done = run_script(
         "train_retriever.py", *toy_flags, "--device", "cpu", "--model_code", code, "--max_steps",
         250, "--train_batch_size", 16, "--experiment_root", tmp_path, "--dropout", 0.1,

@@ -58,6 +58,14 @@ def test_first_examples():
     assert sampler.first_examples(0).tolist() == []
 
 
+def test_no_batch_beyond_the_last_step():
+    sampler = ShuffledBatches(10, 4, seed=0)
+    epochs = [batches(sampler, epoch) for epoch in range(3)]
+    sampler.total = 5
+    assert [batches(sampler, epoch) for epoch in range(3)] == [epochs[0], epochs[1][:2], []]
+    assert batches(sampler, 1, 1) == epochs[1][1:2]
+
+
 # Loaders ----------------------------------------------------------------------------------------
 
 

@@ -83,11 +83,13 @@ def test_text_files(tmp_path: Path, data: st.DataObject):
     ):
         try:
             raw = source.read()
-            built = build(source.code, raw, Filters(min_uc=1, min_sc=1))
+            built = build(source.code or "custom", raw, Filters(min_uc=1, min_sc=1))
         except UserError as error:
             message = str(error)
             names_a_file = any(str(path) in message for path in source.files)
-            assert "\n" not in message and (names_a_file or message.startswith(source.code))
+            assert "\n" not in message and (
+                names_a_file or message.startswith(source.code or "custom")
+            )
         else:
             assert np.isfinite(raw.interactions["timestamp"]).all()
             assert all(built.titles[1:]) and all(built.user_names)

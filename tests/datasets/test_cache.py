@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from datasets.base import Filters
 from datasets.cache import CACHE_FORMAT
-from tests.helpers import ROOT, load_custom
+from tests.helpers import ROOT, file_names, load, load_custom
 
 
 @pytest.fixture()
@@ -37,18 +38,40 @@ def test_other_filters_rebuild(toy: dict[str, Path], tmp_path: Path, capsys: pyt
     built = load_custom(toy, tmp_path)
     strict = load_custom(toy, tmp_path, filters=Filters(min_uc=12))
     assert strict.num_users < built.num_users
-    note = f"note: {tmp_path / 'custom.npz'} was built from other files or with other filters"
+    note = f"note: {tmp_path / built.code}.npz was built from other files or with other filters"
     assert capsys.readouterr().err == f"{note}: rebuilt\n"
 
 
-def test_changed_files_rebuild(
+def test_changed_files_are_another_data_set(
     files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ):
-    built = load_custom(files, tmp_path)
+    built = load_custom(files, tmp_path / "cache")
     files["items"].write_text(files["items"].read_text().replace("Story", "Tale"))
-    changed = load_custom(files, tmp_path)
+    changed = load_custom(files, tmp_path / "cache")
     assert "Tale" in changed.titles[1] and changed.fingerprint != built.fingerprint
+    assert re.fullmatch("interactions-[0-9a-f]{8}", built.code)
+    assert file_names(tmp_path / "cache") == sorted([f"{built.code}.npz", f"{changed.code}.npz"])
+    assert capsys.readouterr().err == ""
+
+
+def test_changed_files_of_a_known_data_set_rebuild(tmp_path: Path, capsys: pytest.CaptureFixture):
+    folder = tmp_path / "ml-100k"
+    folder.mkdir()
+    rows = "".join(f"{user},{item},5,{user + item}\n" for user in range(6) for item in range(6))
+    (folder / "ratings.csv").write_text("userId,movieId,rating,timestamp\n" + rows)
+    for title in ("Film", "Tale"):
+        films = "".join(f"{item},{title} {item}\n" for item in range(6))
+        (folder / "movies.csv").write_text("movieId,title\n" + films)
+        assert title in load("ml-100k", tmp_path, tmp_path / "cache").titles[1]
+    assert file_names(tmp_path / "cache") == ["ml-100k.npz"]
     assert "rebuilt" in capsys.readouterr().err
+
+
+def test_names_of_files_are_made_safe(files: dict[str, Path], tmp_path: Path):
+    named = tmp_path / f"my log/\n{'é' * 60}.csv".replace("/", "\\")
+    files["interactions"].rename(named)
+    code = load_custom(files | {"interactions": named}, tmp_path / "cache").code
+    assert code.startswith("my_log__é") and len(code) == 40 + 9
 
 
 def test_another_format_rebuilds(
@@ -68,7 +91,7 @@ def test_damaged_cache_is_rebuilt(
     damage: str, toy: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     built = load_custom(toy, tmp_path)
-    cache = tmp_path / "custom.npz"
+    cache = tmp_path / f"{built.code}.npz"
     content = cache.read_bytes()
     if damage == "pickle":
         np.savez(cache, text=np.array([{"key": 1}], dtype=object))

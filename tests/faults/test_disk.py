@@ -2,8 +2,8 @@
 
 import builtins
 import errno
+import functools
 import io
-import json
 import os
 import resource
 import subprocess
@@ -12,14 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from pkgutil import resolve_name
 
-import numpy as np
 import pytest
-from safetensors import safe_open
+import torch
 
-import augment_data
-import train_ranker
-import train_retriever
+from datasets import SequenceDataset
 from errors import UserError
+from tests.faults.conftest import MAINS, assert_all_complete
 from tests.helpers import ROOT
 
 RETRIEVER = [
@@ -34,15 +32,11 @@ AUGMENTATION = [
     "augment_data.py", "--device", "cpu", "--max_steps", 2, "--lora_val_iterations", 1,
     "--train_batch_size", 2, "--local_examples", 1, "--max_new_tokens", 8, "--save_seconds", 0,
 ]  # fmt: skip
-SAFETENSORS_WRITERS = (
+WRITERS = (  # not in Python; their second argument is the path
     "trainer.checkpoint.save_file", "recipes.fit_retriever.save_model",
-    "peft.peft_model.safe_save_file",
+    "peft.peft_model.safe_save_file", "pyarrow.parquet.write_table", "torch.export.save",
 )  # fmt: skip
-MAINS = {
-    "train_retriever.py": train_retriever.main,
-    "train_ranker.py": train_ranker.main,
-    "augment_data.py": augment_data.main,
-}
+OUTPUT_FLAGS = {"recommend.py": "--output", "export_run.py": "--output"}  # else --export_root
 
 
 @pytest.fixture(scope="session")
@@ -60,20 +54,28 @@ def augmentation_command(toy_flags: list, tiny_llama: Path) -> list:
     return [*AUGMENTATION, *toy_flags, "--llm_base_model", tiny_llama]
 
 
-def assert_all_complete(folder: Path) -> None:
-    """Check that every file below the folder is complete and none is temporary."""
-    for path in folder.rglob("*"):
-        assert not path.name.startswith("."), path
-        if path.suffix == ".json":
-            json.loads(path.read_text())
-        elif path.suffix == ".jsonl":
-            assert path.read_text().endswith("}\n")
-        elif path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                assert all(file[name] is not None for name in file.files)
-        elif path.suffix == ".safetensors":
-            with safe_open(path, framework="np") as file:
-                assert all(file.get_tensor(name) is not None for name in file.keys())  # noqa: SIM118
+@pytest.fixture(scope="session")
+def table_command(
+    retrieved: Path, toy_data: SequenceDataset, tmp_path_factory: pytest.TempPathFactory
+) -> list:
+    users = tmp_path_factory.mktemp("users") / "users.csv"
+    users.write_text("user\n" + "".join(f"{name}\n" for name in toy_data.user_names))
+    return [
+        "recommend.py",
+        "--run",
+        retrieved,
+        "--input",
+        users,
+        "--device",
+        "cpu",
+        "--part_users",
+        8,
+    ]
+
+
+@pytest.fixture(scope="session")
+def export_command(retrieved: Path) -> list:
+    return ["export_run.py", "--run", retrieved]
 
 
 def run_limited(command: list, size: int, folder: Path) -> None:
@@ -83,7 +85,8 @@ def run_limited(command: list, size: int, folder: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
     script, *flags = command
-    flags += ["--cache_root", folder / "cache", "--export_root", folder / "run"]
+    flags += ["--cache_root", folder / "cache"]
+    flags += [OUTPUT_FLAGS.get(script, "--export_root"), folder / "run"]
     done = subprocess.run(
         [sys.executable, "-B", str(ROOT / script), *map(str, flags)],
         capture_output=True,
@@ -159,7 +162,7 @@ class FailingDisk:
             (mkdir if Path(path).is_dir() else failing_mkdir)(path, *args, **options)
 
         monkeypatch.setattr(os, "mkdir", make)
-        for writer in SAFETENSORS_WRITERS:  # written in Rust
+        for writer in WRITERS:
             monkeypatch.setattr(writer, self.counted(resolve_name(writer), argument=1))
 
     def count(self, path: object) -> None:
@@ -177,12 +180,19 @@ class FailingDisk:
         return call
 
 
+@functools.cache
+def exported(*_: object, **__: object) -> torch.export.ExportedProgram:
+    return torch.export.export(torch.nn.Linear(1, 1), (torch.ones(1),))
+
+
 def run_with_failure(fail_at: int, code: int, command: list, folder: Path) -> int:
     """Run with one failing call and return the number of calls."""
     script, *flags = command
-    flags += ["--cache_root", folder / "cache", "--export_root", folder / "run"]
+    flags += ["--cache_root", folder / "cache"]
+    flags += [OUTPUT_FLAGS.get(script, "--export_root"), folder / "run"]
     words = [str(flag) for flag in flags]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("recipes.export.export_retriever", exported)  # it is slow and writes nothing
         disk = FailingDisk(patch, folder, fail_at, code)
         try:
             MAINS[script](words)
@@ -197,7 +207,7 @@ def run_with_failure(fail_at: int, code: int, command: list, folder: Path) -> in
 def sweep(every: int, code: int, command: list, tmp_path: Path) -> None:
     """Let every ``every``-th call fail, each in a run of its own."""
     calls = run_with_failure(0, code, command, tmp_path / "complete")
-    assert calls > 30
+    assert calls > 5
     for fail_at in range(1, calls + 1, every):
         run_with_failure(fail_at, code, command, tmp_path / str(fail_at))
 
@@ -214,8 +224,16 @@ def test_some_failing_calls_of_the_augmentation(augmentation_command: list, tmp_
     sweep(29, errno.ENOSPC, augmentation_command, tmp_path)
 
 
+def test_some_failing_calls_of_a_table(table_command: list, tmp_path: Path):
+    sweep(7, errno.ENOSPC, table_command, tmp_path)
+
+
+def test_some_failing_calls_of_an_export(export_command: list, tmp_path: Path):
+    sweep(7, errno.ENOSPC, export_command, tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-@pytest.mark.parametrize("stage", ["retriever", "ranker", "augmentation"])
+@pytest.mark.parametrize("stage", ["retriever", "ranker", "augmentation", "table", "export"])
 def test_every_failing_call(code: int, stage: str, request: pytest.FixtureRequest, tmp_path: Path):
     sweep(1, code, request.getfixturevalue(f"{stage}_command"), tmp_path)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from datasets import SequenceDataset
 from tests.helpers import ROOT, contents
 
 RETRIEVER = [
@@ -27,7 +28,12 @@ RANKER = [
     "train_ranker.py", "--device", "cpu", "--max_steps", 30, "--lora_val_iterations", 10,
     "--train_batch_size", 8, "--save_seconds", 0.2,
 ]  # fmt: skip
-KILLS = 9  # in each of the 12 campaigns that are marked slow
+AGAIN = {  # how a script is started again
+    "": ["--export_root", "{}", "--resume"],
+    "recommend.py": ["--output", "{}", "--resume"],
+    "export_run.py": ["--output", "{}", "--overwrite"],
+}
+KILLS = 9  # in each of the 18 campaigns that are marked slow
 AUGMENTATION = [
     "augment_data.py", "--device", "cpu", "--max_steps", 30, "--lora_val_iterations", 10,
     "--train_batch_size", 8, "--max_new_tokens", 60, "--test_batch_size", 4,
@@ -39,7 +45,7 @@ def start(command: list, folder: Path) -> subprocess.Popen:
     script, *flags = command
     words = [sys.executable, str(ROOT / script), *map(str, flags)]
     return subprocess.Popen(
-        [*words, "--export_root", str(folder), "--resume"],
+        [*words, *(word.format(folder) for word in AGAIN.get(script, AGAIN[""]))],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -58,12 +64,12 @@ def assert_same(run: Path, expected: Path) -> None:
     assert [name for name in ours if ours[name] != theirs[name]] == []
 
 
-def campaign(command: list, kills: int, tmp_path: Path) -> None:
+def campaign(command: list, kills: int, tmp_path: Path, seed: int = 0) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     began = time.monotonic()
     finish(start(command, whole))
     seconds = time.monotonic() - began
-    rng = random.Random(0)
+    rng = random.Random(seed)
     landed = ended = 0
     while landed < kills:
         process = start(command, broken)
@@ -81,6 +87,7 @@ def campaign(command: list, kills: int, tmp_path: Path) -> None:
         time.sleep(0.3)  # the runs of a search end a moment after it
     finish(start(command, broken))
     assert_same(broken, whole)
+    assert not list(tmp_path.glob(".*"))  # nor anything beside the folder
 
 
 def test_few_kills(toy_flags: list, tmp_path: Path):
@@ -108,3 +115,21 @@ def test_many_kills_of_augmentations(
 ):
     inputs = ["--llm_base_model", tiny_llama, "--retriever_path", retrieved]
     campaign([*AUGMENTATION, *toy_flags, *inputs, "--seed", seed], KILLS, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_many_kills_of_recommendations(
+    seed: int, retrieved: Path, toy_data: SequenceDataset, tmp_path: Path
+):
+    users = tmp_path / "users.csv"
+    names = [toy_data.user_names[(seed + index) % 60] for index in range(3000)]
+    users.write_text("user\n" + "".join(f"{name}\n" for name in names))
+    table = ["--run", retrieved, "--input", users, "--part_users", 4, "--device", "cpu"]
+    campaign(["recommend.py", *table], KILLS, tmp_path, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_many_kills_of_exports(seed: int, retrieved: Path, tmp_path: Path):
+    campaign(["export_run.py", "--run", retrieved], KILLS, tmp_path, seed)

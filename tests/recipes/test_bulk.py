@@ -8,7 +8,7 @@ import pytest
 
 import recommend
 from datasets import SequenceDataset
-from errors import InputError, UserError
+from errors import UserError
 from recipes import bulk
 from recipes.people import People
 from recipes.recommend import Recommender
@@ -92,6 +92,24 @@ def test_an_empty_item_is_unknown(toy_data: SequenceDataset, tmp_path: Path):
     assert people.num_skipped == 1 and people.first_skipped == "bob"
 
 
+def test_files_as_in_custom_data(toy_data: SequenceDataset, tmp_path: Path):
+    first, second = toy_data.item_names[7], toy_data.item_names[8]
+    contents = {
+        "UP.CSV": f'User, Item ,TIME\n"ann",{first},2014-07-24\nann,{second},2014-07-23T12:00\n',
+        "log.inter": f"user_id:token\titem_id:token\ttimestamp:float\nann\t{first}\t2\n"
+        f"ann\t{second}\t1.5\n",
+        "UP.TSV": f"userId\tasin\ttimestamp\nann\t{first}\t2\nann\t{second}\t1\n",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+        people = list(People(tmp_path / name, toy_data))
+        assert [(person.name, person.history.tolist()) for person in people] == [("ann", [8, 7])]
+    table = pd.DataFrame({"uid": ["u1"], "time": [3]})
+    table.to_parquet(tmp_path / "UP.PARQUET")
+    (person,) = People(tmp_path / "UP.PARQUET", toy_data)
+    assert person.name == "u1" and len(person.history)
+
+
 @pytest.mark.parametrize("name", ["nobody.csv", "nobody.parquet"])
 def test_nobody(retrieved: Path, tmp_path: Path, name: str):
     path = tmp_path / name
@@ -158,10 +176,16 @@ def test_output_that_cannot_be_used(retrieved: Path, users: Path, tmp_path: Path
     [
         ("a.csv", "name\nu1\n", "lacks the column user"),
         ("a.csv", "user,item\nu1,i1\n", "lacks the column timestamp"),
-        ("a.tsv", "user\titem\ttimestamp\nu1\ti1\tyesterday\n", "'yesterday' is not a number"),
+        (
+            "a.tsv",
+            "user\titem\ttimestamp\nu1\ti1\tyesterday\n",
+            "row 2: timestamp 'yesterday' is neither a number nor a date",
+        ),
         ("a.csv", "user,item,timestamp\nu1,i1\n", "is damaged"),
         ("a.parquet", "user\nu1\n", "is damaged"),
         ("a.csv", "", "is damaged"),
+        ("a.txt", "user\nu1\n", r"its name must end in \.csv"),
+        ("a.csv", "user,user\nu1,u1\n", "has two columns user: rename one"),
     ],
 )
 def test_files_that_cannot_be_used(
@@ -169,5 +193,5 @@ def test_files_that_cannot_be_used(
 ):
     path = tmp_path / name
     path.write_text(content)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(UserError, match=message):
         list(People(path, toy_data))

@@ -115,14 +115,21 @@ def test_open_run_keeps_the_files_of_a_resumed_run(run: RunFolder):
     def files() -> list[str]:
         return sorted(path.name for path in run.path.iterdir())
 
+    (run.path / "config.json").write_text("{}")
     before = files()
     open_run(run, retriever(resume=True), {})
-    assert files() == before
+    assert files() == before and (run.path / "config.json").read_text() == "{}"
     open_run(run, retriever(), {}, resumed=True)
     assert files() == before
     run.checkpoint.unlink()  # without it there is nothing to resume
     open_run(run, retriever(resume=True), {})
     assert files() == ["config.json", "notes.txt"]
+
+
+def test_open_run_repairs_the_settings_of_a_resumed_run(run: RunFolder):
+    (run.path / "config.json").write_text("cut off")
+    open_run(run, retriever(resume=True), {})
+    assert run.is_interrupted() and run.is_started()
 
 
 def test_open_run_replaces_a_run_that_is_overwritten(run: RunFolder):

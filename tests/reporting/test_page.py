@@ -62,7 +62,7 @@ def page_of(root: Path, data: SequenceDataset | None) -> str:
     runs = find_runs(root)
     recipes = find_recipes(runs + fused_variants(runs), root)
     paper = report.read_json(report.PAPER)
-    return report_page(recipes, paper, {"custom": data} if data else {}, "A <title>")
+    return report_page(recipes, paper, {data.code: data} if data else {}, "A <title>")
 
 
 def test_a_page_of_both_stages(root: Path, toy_data: SequenceDataset):

@@ -194,6 +194,8 @@ def test_recipes_are_in_the_order_of_the_paper(
     found = find_recipes([make_run(dataset_code=code) for code in codes], Path())
     known = sorted(["custom", "ml-100k"], key=DATASET_CODES.index)
     assert list(found) == [*known, "new b", "new a"]
+    found = find_recipes([make_run(data_code=code) for code in ("log-1", "log-2")], Path())
+    assert list(found) == ["log-1", "log-2"]
 
 
 def test_a_single_recipe_is_named_like_its_folder(
