@@ -143,10 +143,11 @@ def timed(write: Callable[[np.ndarray], Texts], parts: Sequence[np.ndarray]) -> 
 
 
 def measure(decoders: Decoders, rounds: int, size: int, modes: Sequence[str]) -> Iterator[Row]:
-    """Seconds per user in each round and mode."""
+    """Seconds per user in each round and mode, a single round in the middle of the lengths."""
     (ordered,) = decoders.batches.batches  # the longest prompts first
     size = min(size, len(ordered))
-    for start in np.linspace(0, len(ordered) - size, rounds).astype(int):
+    starts = (np.arange(rounds) + 0.5) / rounds * (len(ordered) - size)
+    for start in starts.astype(int):
         users = ordered[start : start + size]
         parts = [users[i : i + PLAIN_BATCH] for i in range(0, size, PLAIN_BATCH)]
         read_s, _ = timed(decoders.read, parts)
