@@ -138,7 +138,7 @@ class PublishedPrompts(IdPrompts):
         self.max_text_len, self.max_response_len = max_text_len, max_response_len
         names = [f"i{n}" for n in range(1, num_items + 1)]
         self.first_items = [np.zeros(0, np.int64), *map(self._encode_response_text, names)]
-        self.later_items = encode_pieces(tokenizer, ["", *(f",{name}" for name in names)])
+        self.later_items = encode_pieces(tokenizer, ["", *(f",{name}" for name in names)], "i1")
 
     def encode(self, user: int, history: Sequence[int] | np.ndarray) -> np.ndarray:
         """Token ids (length,) int64 of the prompt, including prepended special tokens."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from augmentation.generation import build_catalogue
 from augmentation.prompts import GenerationPrompts, IdPrompts, TrainingExamples, training_history
 from dataloader.prompt_batches import IGNORE_INDEX, BatchLimits
 from datasets import SequenceDataset
@@ -75,6 +76,24 @@ def test_published_texts(prompts: IdPrompts, data: SequenceDataset):
     assert tokens[-1] == EOS
     pieces = np.append(published.first_items[77], published.later_items[3])
     assert published.encode_response([77, 3]).tolist() == [*pieces, EOS]
+
+
+@pytest.mark.parametrize("name", ["llama-2", "smollm2"])
+def test_published_responses_consist_of_items(name: str, request: pytest.FixtureRequest):
+    """So that constrained decoding writes what tuning has shown."""
+    if name == "smollm2":
+        folder = request.getfixturevalue("smollm2")
+    else:
+        folder = request.getfixturevalue("shared") / "tokenizers" / name
+    data = make_data([5] * 3, num_items=12_000)
+    published = make_published_prompts(read_tokenizer(folder), data)
+    build_catalogue(published)  # is not ambiguous
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        first, *others = rng.integers(1, 12_001, rng.integers(1, 15)).tolist()
+        pieces = [published.first_items[first], *(published.later_items[item] for item in others)]
+        expected = [*np.concatenate(pieces), EOS]
+        assert published.encode_response([first, *others]).tolist() == expected
 
 
 def test_published_texts_are_cut_on_the_right(prompts: IdPrompts, data: SequenceDataset):
