@@ -434,7 +434,7 @@ class AugmentationConfig(LanguageModelConfig):
     preset: str = result_flag(
         "sequential",
         "sequential: items in the order of time, short examples, a loss on the answers; published: "
-        "LLM4IDRec as in its code, several times as expensive",
+        "LLM4IDRec as in its code, with several times as many tokens",
         choices=("sequential", "published"),
     )
     id_prompt: str = result_flag(
@@ -456,7 +456,10 @@ class AugmentationConfig(LanguageModelConfig):
     )
     local_items: int = result_flag(10, "items of such an example, targets included", positive)
     min_targets: int = result_flag(
-        1, "fewest items in the answer of an example; users with too few for it have none", positive
+        1,
+        "fewest items in the answer of an example from all items; users with fewer training items "
+        "than these and one more have no examples",
+        positive,
     )
     llm_train_on_inputs: bool = result_flag(
         False, "train on the whole prompt, not only on the answer", boolean
@@ -489,7 +492,7 @@ class AugmentationConfig(LanguageModelConfig):
     test_batch_size: int = rounding_flag(
         0,
         "users per batch in generation; 0 for 16, or with --constrained for as many as fit in "
-        "memory on CUDA and in 32,768 tokens on the CPU",
+        "half of the free memory on CUDA, and in 2 GiB on the CPU",
         count,
     )
     retriever_path: str | None = handling_flag(

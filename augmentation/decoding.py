@@ -30,7 +30,8 @@ from model.language_model import base_causal_lm, free_bytes
 from model.verbalizer import token_logits
 
 KEPT_SHARE = 0.75  # once this share of the texts or less goes on, the others are dropped
-CACHE_SHARE = 0.5  # of the free memory; prompts are read in the rest
+CUDA_SHARE = 0.5  # of the free memory for keys and values; prompts are read in the rest
+CPU_BYTES = 2 << 30  # fixed: rounding must not depend on what else the machine does
 
 
 class RoomyLayer(DynamicLayer):
@@ -89,13 +90,20 @@ class RoomyLayer(DynamicLayer):
 
 
 def fitting_tokens(model: nn.Module) -> int:
-    """Tokens whose keys and values fit in the memory of the model's device."""
+    """Tokens whose keys and values fit in memory: half of what is free on CUDA, else 2 GiB."""
     causal_lm = base_causal_lm(model)
-    config = causal_lm.config
+    config, on_cuda = causal_lm.config, causal_lm.device.type == "cuda"
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * heads * width * causal_lm.dtype.itemsize
-    return int(CACHE_SHARE * free_bytes(causal_lm.device) / per_token)
+    bytes_per_number = key_dtype(causal_lm).itemsize + causal_lm.dtype.itemsize
+    available = CUDA_SHARE * free_bytes(causal_lm.device) if on_cuda else CPU_BYTES
+    return int(available / (config.num_hidden_layers * heads * width * bytes_per_number))
+
+
+def key_dtype(causal_lm: Any) -> torch.dtype:
+    """The dtype of the keys: float32 if the attention is ``model.cpu_attention``'s."""
+    is_ours = causal_lm.config._attn_implementation == CPU_ATTENTION
+    return torch.float32 if is_ours else causal_lm.dtype
 
 
 def read(causal_lm: Any, prompts: Sequence[Tensor], room: int) -> tuple[Tensor, Cache]:
@@ -114,13 +122,12 @@ def read(causal_lm: Any, prompts: Sequence[Tensor], room: int) -> tuple[Tensor, 
         cache = DynamicCache(config=causal_lm.config)
         hidden.append(_hidden(causal_lm, prompt, None, None, cache))
         caches.append(cache)
-    is_ours = causal_lm.config._attn_implementation == CPU_ATTENTION
-    key_dtype = torch.float32 if is_ours else causal_lm.dtype
-    layers = [
-        RoomyLayer([x.keys for x in same_layer], [x.values for x in same_layer], room, key_dtype)
-        for same_layer in zip(*(cache.layers for cache in caches))
-    ]
-    return torch.cat(hidden), Cache(layers=list(layers))
+    layers: list[Any] = []
+    while caches[0].layers:  # layer by layer, so that no memory is needed twice
+        same: list[Any] = [cache.layers.pop() for cache in caches]
+        keys, values = [x.keys for x in same], [x.values for x in same]
+        layers.append(RoomyLayer(keys, values, room, key_dtype(causal_lm)))
+    return torch.cat(hidden), Cache(layers=layers[::-1])
 
 
 def _hidden(

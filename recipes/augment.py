@@ -51,7 +51,6 @@ EXPORTS = "exports"
 OUTPUT_BY_STAGE = {"tuning": ADAPTER, "generation": GENERATED}
 FREE_BATCH = 16  # users; other sizes give other texts
 CONSTRAINED_BATCH = 1024
-CONSTRAINED_TOKENS_ON_CPU = 32_768  # not from the free memory, on which rounding must not depend
 BEST_METRIC = "log_likelihood"
 MAX_VAL_EXAMPLES = 128
 CONSTRAINED_ADVICE = "leave out the flag or use another --llm_base_model"
@@ -334,9 +333,7 @@ def generation_batches(
     """The prompts of all users, in batches of the size that the flags ask for or that fits."""
     if config.test_batch_size or not config.constrained:
         return GenerationPrompts(data, prompts, config.test_batch_size or FREE_BATCH)
-    on_cuda = model.device.type == "cuda"
-    max_tokens = fitting_tokens(model) if on_cuda else CONSTRAINED_TOKENS_ON_CPU
-    return GenerationPrompts(data, prompts, CONSTRAINED_BATCH, max_tokens)
+    return GenerationPrompts(data, prompts, CONSTRAINED_BATCH, fitting_tokens(model))
 
 
 # Filter -------------------------------------------------------------------------------------------
