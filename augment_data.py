@@ -1,5 +1,7 @@
 """Generate further interactions for every user with a language model, to train retrievers on.
 
+This is LLM4IDRec with this project's recipe; --preset published selects that of its published code.
+
 Example:
     python augment_data.py --dataset_code ml-100k
     python train_retriever.py --dataset_code ml-100k --augmented experiments/llm4idrec/ml-100k
@@ -12,10 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cli import parse, run_main
-from config import AugmentationConfig
+from config import AugmentationConfig, augmentation_preset
 from datasets import SequenceDataset
 from errors import UserError, advice
 from flags import flags_of
+from model.hub import CHAT_MODEL, LARGE_MODEL
 from process import check_device, check_single_process
 from recipes.language_model import LanguageModel, find_language_model
 from recipes.runs import check_examples, check_replaceable, load_data, locked, run_fingerprint
@@ -28,7 +31,7 @@ STAGES = ("tuning", "generation", "filter")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the settings and inputs, check them, then run the stages."""
-    config = parse(AugmentationConfig, argv, __doc__)
+    config = parse(AugmentationConfig, argv, __doc__, preset=augmentation_preset)
     check_single_process()
     check_device(config.device)
     data = load_data(config)
@@ -36,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     retriever = read_retriever(config, data)
     run_dir = config.run_dir(data.code)
     earlier = earlier_stages(config, run_dir)
-    language_model = find_language_model(config)
+    language_model = find_language_model(
+        config, CHAT_MODEL if config.preset == "published" else LARGE_MODEL
+    )
     stages = stage_fingerprints(config, data, language_model, retriever)
     details = language_model.details() | {
         "data_code": data.code, "data_fingerprint": data.fingerprint, "stages": stages,

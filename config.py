@@ -429,17 +429,48 @@ class RankerConfig(LanguageModelConfig):
 
 @dataclass(frozen=True)
 class AugmentationConfig(LanguageModelConfig):
-    """Settings of ``augment_data.py``, after LLM4IDRec.
+    """Settings of ``augment_data.py``, after LLM4IDRec; the defaults are not the published recipe.
 
     A flag with a ``stage`` affects that stage and the following ones; the others affect all.
     """
 
+    preset: str = result_flag(
+        "sequential",
+        "sequential: items in the order of time, short examples, a loss on the answers; published: "
+        "LLM4IDRec as in its code, with several times as many tokens",
+        choices=("sequential", "published"),
+    )
+    id_prompt: str = result_flag(
+        "short",
+        "wording of the prompts: short and cut to recent items, or the published one, cut on the "
+        "right",
+        choices=("short", "published"),
+    )
+    item_order: str = result_flag(
+        "time",
+        "order of the items in a training example",
+        choices=("time", "random"),
+    )
+    global_examples: int = result_flag(
+        1, "training examples per user and epoch from all items, split at random", count
+    )
     local_examples: int = result_flag(
-        20,
-        "training examples per user and epoch from random items, in addition to one from all items",
-        count,
+        20, "further training examples per user and epoch, from some items at random", count
     )
     local_items: int = result_flag(10, "items of such an example, targets included", positive)
+    min_targets: int = result_flag(
+        1,
+        "fewest items in the answer of an example from all items; users with fewer training items "
+        "than these and one more have no examples",
+        positive,
+    )
+    llm_train_on_inputs: bool = result_flag(
+        False, "train on the whole prompt, not only on the answer", boolean
+    )
+    kept_weights: str = result_flag(
+        "best", "adapter to keep: the best in validation, or the last step's",
+        choices=("best", "last"),
+    )  # fmt: skip
     lora_lr: float = result_flag(1e-3, "learning rate", nonnegative)
     train_batch_size: int = result_flag(32, "examples per optimizer step", positive)
     max_steps: int = result_flag(400, "optimizer steps", positive)
@@ -454,10 +485,19 @@ class AugmentationConfig(LanguageModelConfig):
         0.9, "sample from the most likely tokens with this total probability", fraction,
         stage="generation",
     )  # fmt: skip
+    top_k: int = result_flag(
+        0, "sample from at most this many tokens; 0 for no such limit, 1 for the most likely one",
+        count, stage="generation",
+    )  # fmt: skip
     max_new_tokens: int = result_flag(200, "most tokens generated per user", positive)
     val_batch_size: int = rounding_flag(16, "examples per batch in validation", positive)
-    # Users of a batch share one stream of random numbers.
-    test_batch_size: int = rounding_flag(16, "users per batch in generation", positive)
+    # Without --constrained, users of a batch share one stream of random numbers.
+    test_batch_size: int = rounding_flag(
+        0,
+        "users per batch in generation; 0 for 16, or with --constrained for as many as fit in "
+        "half of the free memory on CUDA, and in 2 GiB on the CPU",
+        count,
+    )
     retriever_path: str | None = handling_flag(
         None, "run of a retriever that filters implausible items; no such filter if absent"
     )
@@ -482,6 +522,8 @@ class AugmentationConfig(LanguageModelConfig):
             raise UserError(
                 f"--local_items {self.local_items}: at least 2 are needed, a history and a target"
             )
+        if not self.global_examples and not self.local_examples:
+            raise UserError("--global_examples 0 --local_examples 0 leave nothing to train on")
         if not self.temperature or not self.top_p:
             raise UserError("--temperature and --top_p must be above 0 to sample anything")
         if self.max_new_tokens >= self.llm_max_text_len:
@@ -582,6 +624,32 @@ def ranker_preset(given: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     guided = given.get("retriever_prior", True)
     return _TITLES | ({"rerank_best_metric": LOG_LIKELIHOOD} if guided else {})
+
+
+# What the published code does, see docs/llm4idrec.md.
+_PUBLISHED: dict[str, Any] = {
+    "id_prompt": "published",
+    "item_order": "random",
+    "global_examples": 20,
+    "local_examples": 0,
+    "min_targets": 2,
+    "llm_train_on_inputs": True,
+    "kept_weights": "last",
+    "early_stopping": False,
+    "llm_max_text_len": 2048,
+    "llm_load_in_4bit": False,
+    "enable_lr_warmup": False,
+    "top_k": 50,
+}
+
+
+def augmentation_preset(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Look up the settings of a recipe of the augmentation.
+
+    Args:
+        given: ``preset`` unless it is the default.
+    """
+    return _PUBLISHED if given.get("preset") == "published" else {}
 
 
 def retriever_preset(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,107 +1,157 @@
-"""Constrained decoding: only items of the catalogue can be sampled.
+"""Constrained decoding: only new items of the catalogue can be sampled.
 
-Let C be the token sequences of all items. A text has the form c_1 c_2 ... c_n EOS with n >= 1 and
-each c_i in C. The states of the automaton that accepts these texts are the nodes of a prefix tree
-of C, where a node stands for the first tokens of the current item. After token t, node v leads to
+Let C be the token sequences of the items as they begin a text, and D those behind another item. A
+text has the form c d_1 ... d_n EOS with c in C and each d_i in D, and lists no item twice. The
+tokens allowed next are edges of prefix trees of C and D. In a tree, a node stands for the first
+tokens of the current item, and after token t, node v leads to
 
 - its own child along t: the current item continues;
-- the root's child along t, if v is a complete item: the next item begins;
+- the child of D's root along t, if v is a complete item: the next item begins;
 - the end, if v is a complete item and t is EOS.
 
-The automaton is deterministic if and only if no complete item has a child along a token that also
-begins an item. Then a text has one parse only, and the tokens allowed next are the outgoing edges
-of a single node. Otherwise a text can be ambiguous: with C = {5, 55} and a token per digit, "5 5"
+This is deterministic if and only if no complete item has a child along a token that also begins an
+item of D. Then a text has one parse only, and the tokens allowed next are the outgoing edges of a
+single node. Otherwise a text can be ambiguous: with C = D = {5, 55} and a token per digit, "5 5"
 could be item 55 or item 5 twice. Such tokenizers are refused. With the usual ones the first token
 of a number contains the space before it, and no other does.
+
+Some items are barred for a text: those that its user has, and those that it lists already. An edge
+is closed if all items below it are barred.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
-from transformers import LogitsProcessor
 
 from errors import InputError
 
+ROOT = 0
+
 
 class Catalogue:
-    """Automaton over the tokens of one or more items and the end of the sequence.
+    """Prefix trees over the tokens of the items.
 
     Args:
-        items: token ids (length,) by item; ``items[0]`` stands for padding and is skipped.
+        first_items: token ids (length,) of each item at the start of a text; item 0 stands for
+            padding and is skipped.
+        later_items: the same behind another item.
         eos_id: end-of-sequence token.
+
+    Attributes:
+        children: the child by token of each node; the tree of the first items begins at ``ROOT``.
+        later_root: where the tree of the later items begins.
+        items: the item that is complete at a node.
+        sizes: number of items at or below each node.
+        tokens: (C,) int64, all tokens of a text in ascending order, EOS among them.
 
     Raises:
         InputError: the tokens do not show where an item ends.
     """
 
-    START = 0
-    END = -1
-
-    def __init__(self, items: Sequence[np.ndarray], eos_id: int) -> None:
+    def __init__(
+        self, first_items: Sequence[np.ndarray], later_items: Sequence[np.ndarray], eos_id: int
+    ) -> None:
         self.eos_id = eos_id
-        transitions, complete = _prefix_tree(items[1:])
-        first_tokens = transitions[self.START]
-        for node in complete:
-            if first_tokens.keys() & transitions[node].keys():
-                raise InputError("the tokenizer's tokens do not show where an item's number ends")
-            transitions[node] = transitions[node] | first_tokens | {eos_id: self.END}
-        self._transitions = transitions
-        self._allowed = [np.fromiter(edges, np.int64, len(edges)) for edges in transitions]
+        self.children: list[dict[int, int]] = []
+        self.sizes: list[int] = []
+        self.items: dict[int, int] = {}
+        self._paths: list[list[int]] = [[] for _ in first_items]
+        self._add_tree(first_items)
+        self.later_root = ROOT
+        if later_items is not first_items:
+            self.later_root = len(self.children)
+            self._add_tree(later_items)
+        begins = self.children[self.later_root].keys()
+        if any(begins & self.children[node].keys() for node in self.items):
+            raise InputError("the tokenizer's tokens do not show where an item's number ends")
+        self.tokens = np.array(sorted({eos_id}.union(*self.children)), dtype=np.int64)
 
-    def allowed(self, state: int) -> np.ndarray:
-        """Tokens (n,) int64 that can follow; after the end, EOS fills the row."""
-        return self._allowed[state] if state != self.END else np.array([self.eos_id])
+    def _add_tree(self, items: Sequence[np.ndarray]) -> None:
+        root = self._add_node()
+        for item, tokens in enumerate(items[1:], start=1):
+            node = root
+            self._count(node, item)
+            for token in tokens.tolist():
+                child = self.children[node].get(token)
+                if child is None:
+                    child = self.children[node][token] = self._add_node()
+                node = child
+                self._count(node, item)
+            self.items[node] = item
 
-    def step(self, state: int, token: int) -> int:
-        """The state after one of the allowed tokens."""
-        return self._transitions[state][token] if state != self.END else self.END
+    def _add_node(self) -> int:
+        self.children.append({})
+        self.sizes.append(0)
+        return len(self.sizes) - 1
+
+    def _count(self, node: int, item: int) -> None:
+        self.sizes[node] += 1
+        self._paths[item].append(node)
+
+    def path(self, item: int) -> list[int]:
+        """The nodes at and above an item, in both trees."""
+        return self._paths[item]
 
 
-def _prefix_tree(sequences: Sequence[np.ndarray]) -> tuple[list[dict[int, int]], set[int]]:
-    """Children by token of each node, the root being node 0, and the nodes where sequences end."""
-    children: list[dict[int, int]] = [{}]
-    complete = set()
-    for tokens in sequences:
-        node = 0
-        for token in tokens.tolist():
-            if token not in children[node]:
-                children[node][token] = len(children)
-                children.append({})
-            node = children[node][token]
-        complete.add(node)
-    return children, complete
-
-
-class CatalogueProcessor(LogitsProcessor):
-    """Masks every token that the catalogue does not allow next. Use one for each batch.
+class ItemText:
+    """A text of items while it is written.
 
     Args:
-        catalogue: the automaton.
-        prompt_length: tokens of the padded prompts.
+        catalogue: the trees.
+        barred: items that the text cannot list, besides those that it lists already.
+
+    Attributes:
+        tokens: the text so far, without EOS.
+        ended: whether EOS was written.
     """
 
-    def __init__(self, catalogue: Catalogue, prompt_length: int) -> None:
-        self.catalogue, self.prompt_length = catalogue, prompt_length
-        self.states: list[int] = []
+    def __init__(self, catalogue: Catalogue, barred: Iterable[int]) -> None:
+        self.catalogue = catalogue
+        self.tokens: list[int] = []
+        self.ended = False
+        self._node = ROOT
+        self._completed = 0  # the item that would end here, if any
+        self._barred: set[int] = set()
+        self._barred_below: Counter[int] = Counter()  # by node, or at it
+        for item in barred:
+            self._bar(item)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores (B, V) with minus infinity for tokens not allowed after ``input_ids`` (B, L).
+    def allowed(self) -> list[int]:
+        """Tokens that can follow; EOS alone if there is nothing left to list."""
+        tokens = self._open_edges(self._node)
+        if self._completed:
+            tokens += [*self._open_edges(self.catalogue.later_root), self.catalogue.eos_id]
+        return tokens or [self.catalogue.eos_id]
 
-        Calls must follow each other token by token: only the last one is read.
-        """
-        if input_ids.shape[1] == self.prompt_length:
-            self.states = [Catalogue.START] * len(input_ids)
-        else:
-            last_tokens = input_ids[:, -1].tolist()
-            self.states = [self.catalogue.step(*pair) for pair in zip(self.states, last_tokens)]
-        allowed = [self.catalogue.allowed(state) for state in self.states]
-        rows = np.repeat(np.arange(len(allowed)), [len(tokens) for tokens in allowed])
-        columns = np.concatenate(allowed)
-        indices = tuple(torch.from_numpy(x).to(scores.device) for x in (rows, columns))
-        masked = torch.full_like(scores, -torch.inf)
-        masked[indices] = scores[indices]
-        return masked
+    def append(self, token: int) -> None:
+        """Write one of the allowed tokens."""
+        if token == self.catalogue.eos_id:
+            self.ended = True
+            return
+        self.tokens.append(token)
+        child = self.catalogue.children[self._node].get(token)
+        if child is None:
+            child = self.catalogue.children[self.catalogue.later_root][token]
+        elif self._completed:  # part of a longer number
+            self._bar(self._completed, -1)
+        self._node = child
+        self._completed = self.catalogue.items.get(child, 0)
+        if self._completed in self._barred:
+            self._completed = 0
+        if self._completed:
+            self._bar(self._completed)
+
+    def _open_edges(self, node: int) -> list[int]:
+        sizes, barred = self.catalogue.sizes, self._barred_below
+        edges = self.catalogue.children[node].items()
+        return [token for token, child in edges if barred[child] < sizes[child]]
+
+    def _bar(self, item: int, sign: int = 1) -> None:
+        if (item in self._barred) == (sign > 0):
+            return
+        self._barred ^= {item}
+        for node in self.catalogue.path(item):
+            self._barred_below[node] += sign

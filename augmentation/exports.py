@@ -1,4 +1,4 @@
-"""Data sets in the formats of other libraries: RecBole's atomic files and SELFRec's text files."""
+"""Data sets in the formats of other libraries: RecBole, SELFRec and OpenP5."""
 
 from __future__ import annotations
 
@@ -50,7 +50,10 @@ def export(data: SequenceDataset, folder: Path, name: str) -> None:
     - ``selfrec/train.txt`` and ``test.txt``, one interaction ``user item 1`` per line, and
       ``sequences_train.txt`` and ``sequences_test.txt``, one user ``user:item item ...`` per line,
       with user indices from 0 and item ids from 1. The test part is the last item; the validation
-      item is in neither.
+      item is in neither. SELFRec takes the former for its graph models and the latter for its
+      sequential ones.
+    - ``openp5/<name>/user_sequence.txt``, one user ``user item item ...`` per line, with the same
+      numbers. OpenP5 holds out the last two items itself.
 
     Args:
         data: the data set, with generated interactions merged in.
@@ -63,6 +66,7 @@ def export(data: SequenceDataset, folder: Path, name: str) -> None:
     with atomic_folder(folder) as temporary:
         _write_recbole(data, temporary / "recbole" / name, name)
         _write_selfrec(data, temporary / "selfrec")
+        _write_openp5(data, temporary / "openp5" / name)
 
 
 def _write_recbole(data: SequenceDataset, folder: Path, name: str) -> None:
@@ -88,3 +92,9 @@ def _write_selfrec(data: SequenceDataset, folder: Path) -> None:
         _write_lines(folder / f"{split}.txt", pairs)
         sequences = (f"{user}:{' '.join(map(str, items))}" for user, items in parts)
         _write_lines(folder / f"sequences_{split}.txt", sequences)
+
+
+def _write_openp5(data: SequenceDataset, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    lines = (f"{user} {' '.join(map(str, sequence))}" for user, sequence in _sequences(data))
+    _write_lines(folder / "user_sequence.txt", lines)

@@ -25,13 +25,21 @@ _SEPARATORS = re.compile(r"[\s,;]+")
 _NUMBER = re.compile(r"[1-9][0-9]{0,9}")
 
 
-def parse_items(generated: GeneratedText, num_items: int) -> tuple[list[int], Counter[str]]:
+def parse_items(
+    generated: GeneratedText, num_items: int, prefix: str = ""
+) -> tuple[list[int], Counter[str]]:
     """Parse any text as a list of item numbers.
+
+    Args:
+        generated: the text.
+        num_items: number of items in the catalogue.
+        prefix: what precedes each number.
 
     Returns:
         The items of the catalogue in the order of the text, repeats included, and the number of
         dropped words by reason: ``cut``, the last word of a text that the model did not end, as it
-        may be part of a number; ``malformed``, not a whole number without leading zeros;
+        may be part of a number; ``malformed``, not the prefix and a whole number without leading
+        zeros;
         ``unknown``, the number of no item.
     """
     words = [word for word in _SEPARATORS.split(generated.text) if word]
@@ -41,17 +49,18 @@ def parse_items(generated: GeneratedText, num_items: int) -> tuple[list[int], Co
         dropped["cut"] += 1
     items = []
     for word in words:
-        if not _NUMBER.fullmatch(word):
+        number = word.removeprefix(prefix)
+        if not word.startswith(prefix) or not _NUMBER.fullmatch(number):
             dropped["malformed"] += 1
-        elif int(word) > num_items:
+        elif int(number) > num_items:
             dropped["unknown"] += 1
         else:
-            items.append(int(word))
+            items.append(int(number))
     return items, dropped
 
 
 def extract_interactions(
-    texts: dict[int, GeneratedText], data: SequenceDataset
+    texts: dict[int, GeneratedText], data: SequenceDataset, prefix: str = ""
 ) -> tuple[Interactions, Counter[str]]:
     """Interactions of users with items that are new to them.
 
@@ -61,6 +70,7 @@ def extract_interactions(
     Args:
         texts: generated texts by user.
         data: the data set.
+        prefix: see ``parse_items``.
 
     Returns:
         The interactions, and the number of dropped words by reason: see ``parse_items``, ``had``,
@@ -70,7 +80,7 @@ def extract_interactions(
     new_items: list[int] = []
     dropped: Counter[str] = Counter()
     for user in sorted(texts):
-        items, reasons = parse_items(texts[user], data.num_items)
+        items, reasons = parse_items(texts[user], data.num_items, prefix)
         dropped += reasons
         history = set(training_history(data, user).tolist())
         seen: set[int] = set()

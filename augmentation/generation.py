@@ -12,9 +12,9 @@ import torch
 from accelerate.utils import send_to_device
 from peft import PeftModel
 from tqdm import tqdm
-from transformers import LogitsProcessorList
 
-from augmentation.constraints import Catalogue, CatalogueProcessor
+from augmentation.constraints import Catalogue, ItemText
+from augmentation.decoding import decode
 from augmentation.prompts import GenerationPrompts, IdPrompts
 from errors import ArgumentError, InputError, UserError
 from storage import atomic_path, reading
@@ -67,14 +67,15 @@ def generate(
     constrained: bool,
     temperature: float,
     top_p: float,
+    top_k: int = 0,
     seed: int,
     save_seconds: float,
     if_out_of_memory: str,
 ) -> dict[int, GeneratedText]:
     """Sample a text for each user.
 
-    Each batch has its own random seed, so that an interrupted run resumes to the same texts. The
-    file is also written on an exception.
+    Each batch has its own random seed, or with ``constrained`` each user, so that an interrupted
+    run resumes to the same texts. The file is also written on an exception.
 
     Args:
         model: the tuned model in eval mode.
@@ -82,9 +83,11 @@ def generate(
         batches: prompts of all users.
         texts: texts generated so far; batches whose users all have one are skipped.
         path: file of the texts.
-        constrained: whether only items of the catalogue can be sampled.
+        constrained: whether only items of the catalogue can be sampled that the user's training
+            history does not contain, each once.
         temperature: softmax temperature.
         top_p: probability mass of nucleus sampling.
+        top_k: most tokens to sample from; 0 for no limit.
         seed: random seed.
         save_seconds: time between two writes of the file.
         if_out_of_memory: advice in the error message when GPU memory is exhausted.
@@ -104,10 +107,18 @@ def generate(
             for index, users in enumerate(batches.batches):
                 if all(user in texts for user in users):
                     continue
-                batch_seed = int(np.random.default_rng([seed, index]).integers(1 << 62))
-                texts |= _sample_batch(
-                    model, prompts, *batches[index], catalogue, temperature, top_p, batch_seed
-                )
+                options: dict[str, Any] = {
+                    "temperature": temperature,
+                    "top_p": top_p,
+                    "top_k": top_k,
+                }
+                if catalogue:
+                    texts |= constrained_texts(
+                        model, prompts, batches, users, catalogue, seed=seed, **options
+                    )
+                else:
+                    batch_seed = int(np.random.default_rng([seed, index]).integers(1 << 62))
+                    texts |= _sample_batch(model, prompts, *batches[index], batch_seed, **options)
                 bar.update(len(users))
                 if time.monotonic() - saved_at > save_seconds:
                     save_texts(path, texts)
@@ -126,9 +137,30 @@ def build_catalogue(prompts: IdPrompts) -> Catalogue:
         ArgumentError: ``constrained``, with a tokenizer that makes item numbers ambiguous.
     """
     try:
-        return Catalogue(prompts.items, prompts.eos_id)
+        return Catalogue(prompts.first_items, prompts.later_items, prompts.eos_id)
     except InputError as error:
         raise ArgumentError("constrained", True, str(error)) from error
+
+
+def constrained_texts(
+    model: PeftModel,
+    prompts: IdPrompts,
+    batches: GenerationPrompts,
+    users: np.ndarray,
+    catalogue: Catalogue,
+    *,
+    seed: int,
+    **options: Any,
+) -> dict[int, GeneratedText]:
+    """Texts of some users, of new items only; ``options`` are those of ``decode``."""
+    texts = [ItemText(catalogue, batches.histories[user]) for user in users]
+    size = prompts.max_response_len
+    uniforms = np.stack([np.random.default_rng([seed, user]).random(size) for user in users])
+    decode(model, [batches.prompts[user] for user in users], texts, uniforms, **options)
+    return {
+        user: GeneratedText(prompts.tokenizer.decode(text.tokens), text.ended)
+        for user, text in zip(users.tolist(), texts)
+    }
 
 
 def _sample_batch(
@@ -136,25 +168,24 @@ def _sample_batch(
     prompts: IdPrompts,
     users: np.ndarray,
     batch: dict[str, Any],
-    catalogue: Catalogue | None,
+    seed: int,
+    *,
     temperature: float,
     top_p: float,
-    seed: int,
+    top_k: int,
 ) -> dict[int, GeneratedText]:
-    """Texts of one batch by user."""
+    """Texts of one batch by user, of any tokens."""
     prompt_length = batch["input_ids"].shape[1]
-    processors = [CatalogueProcessor(catalogue, prompt_length)] if catalogue else []
     torch.manual_seed(seed)
     output = model.generate(
         **send_to_device(batch, model.device),
         do_sample=True,
         temperature=temperature,
         top_p=top_p,
-        top_k=0,
+        top_k=top_k,
         max_new_tokens=prompts.max_response_len,
         eos_token_id=prompts.eos_id,
         pad_token_id=prompts.eos_id,
-        logits_processor=LogitsProcessorList(processors),
     )
     texts = {}
     for user, tokens in zip(users.tolist(), output[:, prompt_length:].tolist()):

@@ -4,7 +4,8 @@
 
 Users and items are numbered from 1. The response lists further items of the user. As in
 ``dataloader.prompt``, each item is tokenized only once; prompts are concatenated from token ids,
-and pieces meet only where a space follows another character.
+and pieces meet only where a space follows another character. ``PublishedPrompts`` has the wording
+of LLM4IDRec's code instead (https://github.com/newlei/LLM4IDRec).
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from datasets import SequenceDataset
 
 _HISTORY = "User {user} clicked:"
 _REQUEST = " ; recommend to user {user}:"
+_PUBLISHED = (
+    "Given the user(u{user})'s clicked list items:{items}, predict what is the list items to "
+    "recommend to the user(u{user}). Please only answer the item IDs."
+)
 
 
 class IdPrompts:
@@ -38,8 +43,13 @@ class IdPrompts:
             out.
 
     Attributes:
-        items: token ids (length,) by item; ``items[0]`` stands for padding and has none.
+        first_items: token ids (length,) of each item at the start of a response; item 0 stands for
+            padding and has none.
+        later_items: the same behind another item.
+        prefix: what precedes the number of an item.
     """
+
+    prefix = ""
 
     def __init__(
         self,
@@ -58,6 +68,7 @@ class IdPrompts:
         self._heads = [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
         self._requests = encode_pieces(tokenizer, [_REQUEST.format(user=user) for user in users])
         self.items = encode_pieces(tokenizer, ["", *(f" {n}" for n in range(1, num_items + 1))])
+        self.first_items = self.later_items = self.items
 
     def encode(self, user: int, history: Sequence[int] | np.ndarray) -> np.ndarray:
         """Token ids of the prompt, with the most recent items that fit.
@@ -78,6 +89,13 @@ class IdPrompts:
         """Token ids (length,) int64 of the first items that fit and the end-of-sequence token."""
         return np.concatenate([*self._fitting(items, self.max_response_len - 1), [self.eos_id]])
 
+    def encode_example(
+        self, user: int, history: Sequence[int] | np.ndarray, items: Sequence[int] | np.ndarray
+    ) -> tuple[np.ndarray, int]:
+        """Token ids (length,) int64 of a prompt with its response, and the tokens of the latter."""
+        response = self.encode_response(items)
+        return np.append(self.encode(user, history), response), len(response)
+
     def _fitting(self, items: Iterable[int], room: int) -> list[np.ndarray]:
         """Token ids of the first items that fit in ``room`` tokens, and of one item at least."""
         pieces: list[np.ndarray] = []
@@ -94,6 +112,66 @@ class IdPrompts:
         return f"{_HISTORY.format(user=user + 1)}{items}{_REQUEST.format(user=user + 1)}"
 
 
+class PublishedPrompts(IdPrompts):
+    """Prompts and responses as LLM4IDRec's code words, tokenizes and cuts them.
+
+    Given the user(u17)'s clicked list items:i12,i55,i98, predict ... to the user(u17). ...
+
+    The response is ``i77,i3``. Whatever exceeds ``max_text_len`` is cut on the right, without
+    regard to numbers: the end of the response or, of a long history, that of the prompt as well.
+    Generated tokens do not count. The arguments are those of ``IdPrompts``.
+    """
+
+    prefix = "i"
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        num_users: int,
+        num_items: int,
+        eos_id: int,
+        max_text_len: int,
+        max_response_len: int,
+    ) -> None:
+        self.tokenizer, self.eos_id = tokenizer, eos_id
+        self.max_text_len, self.max_response_len = max_text_len, max_response_len
+        names = [f"i{n}" for n in range(1, num_items + 1)]
+        self.first_items = [np.zeros(0, np.int64), *map(self._encode_response_text, names)]
+        self.later_items = encode_pieces(tokenizer, ["", *(f",{name}" for name in names)], "i1")
+
+    def encode(self, user: int, history: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Token ids (length,) int64 of the prompt, including prepended special tokens."""
+        ids = self.tokenizer.encode(self.text(user, history)).ids
+        return np.array(ids[: self.max_text_len], dtype=np.int64)
+
+    def encode_response(self, items: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Token ids (length,) int64 of all items and the end-of-sequence token."""
+        return np.append(self._encode_response_text(_listed(items)), self.eos_id)
+
+    def encode_example(
+        self, user: int, history: Sequence[int] | np.ndarray, items: Sequence[int] | np.ndarray
+    ) -> tuple[np.ndarray, int]:
+        """Token ids (length,) int64 of a prompt with its response, and the tokens of the latter.
+
+        At least one token counts as the response's, even if all of them are cut.
+        """
+        prompt = self.encode(user, history)
+        tokens = np.append(prompt, self.encode_response(items))[: self.max_text_len]
+        return tokens, max(len(tokens) - len(prompt), 1)
+
+    def text(self, user: int, history: Sequence[int] | np.ndarray) -> str:
+        """The prompt as text, with the entire history."""
+        return _PUBLISHED.format(user=user + 1, items=_listed(history))
+
+    def _encode_response_text(self, text: str) -> np.ndarray:
+        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
+
+def _listed(items: Sequence[int] | np.ndarray) -> str:
+    return ",".join(f"i{item}" for item in items)
+
+
 def training_history(data: SequenceDataset, user: int) -> np.ndarray:
     """The user's training items (h,) in chronological order.
 
@@ -105,16 +183,21 @@ def training_history(data: SequenceDataset, user: int) -> np.ndarray:
 class TrainingExamples(Dataset):
     """Prompts with some of a user's training items and responses with later ones.
 
-    In each epoch a user has one *global* example, the entire training history split at a random
-    position, and several *local* examples, a random subset of the history split in half. Items stay
-    in chronological order. An example depends only on the seed and its number; numbers continue
-    from epoch to epoch, so that each epoch draws new examples.
+    In each epoch a user has *global* examples, the entire training history split at a random
+    position, and *local* examples, a random subset of the history split in half. An example depends
+    only on the seed and its number; numbers continue from epoch to epoch, so that each epoch draws
+    new examples.
 
     Args:
-        data: the data set; users with a single training item are skipped.
+        data: the data set; users with too few training items for a history of one item and
+            ``min_targets`` are skipped.
         prompts: the prompt builder.
+        global_examples: global examples per user and epoch.
         local_examples: local examples per user and epoch.
         local_items: items of a local example.
+        min_targets: fewest items in the response of a global example.
+        in_order: keep the items in chronological order; they are shuffled otherwise.
+        on_inputs: whether the loss covers the prompt as well as the response.
         limits: how large the micro-batches get.
         seed: random seed.
     """
@@ -124,16 +207,23 @@ class TrainingExamples(Dataset):
         data: SequenceDataset,
         prompts: IdPrompts,
         *,
+        global_examples: int = 1,
         local_examples: int,
         local_items: int,
+        min_targets: int = 1,
+        in_order: bool = True,
+        on_inputs: bool = False,
         limits: BatchLimits,
         seed: int,
     ) -> None:
         self.data, self.prompts = data, prompts
-        self.local_items, self.limits, self.seed = local_items, limits, seed
+        self.local_items, self.min_targets = local_items, min_targets
+        self.in_order, self.on_inputs = in_order, on_inputs
+        self.limits, self.seed = limits, seed
         lengths = data.history_ends("train") - data.offsets[:-1]
-        self.users = np.repeat(np.flatnonzero(lengths > 1), 1 + local_examples)
-        self.is_global = np.arange(len(self.users)) % (1 + local_examples) == 0
+        per_user = global_examples + local_examples
+        self.users = np.repeat(np.flatnonzero(lengths > min_targets), per_user)
+        self.is_global = np.arange(len(self.users)) % per_user < global_examples
 
     def __len__(self) -> int:
         return len(self.users)
@@ -144,8 +234,10 @@ class TrainingExamples(Dataset):
         index = number % len(self)
         user = int(self.users[index])
         items = training_history(self.data, user)
+        if not self.in_order:
+            items = rng.permutation(items)
         if self.is_global[index]:
-            cut = int(rng.integers(1, len(items)))
+            cut = int(rng.integers(1, len(items) - self.min_targets + 1))
         else:
             size = min(self.local_items, len(items))
             items = items[np.sort(rng.choice(len(items), size, replace=False))]
@@ -153,16 +245,12 @@ class TrainingExamples(Dataset):
         return user, items[:cut], items[cut:]
 
     def __getitems__(self, numbers: list[int]) -> list[Batch]:
-        """Micro-batches of one optimizer step; see ``dataloader.prompt_batches.training_batches``.
-
-        The loss covers the response only.
-        """
+        """Micro-batches of a step; see ``dataloader.prompt_batches.training_batches``."""
         sequences, num_targets = [], []
         for number in numbers:
-            user, history, items = self.example(number)
-            response = self.prompts.encode_response(items)
-            sequences.append(np.append(self.prompts.encode(user, history), response))
-            num_targets.append(len(response))
+            tokens, response_len = self.prompts.encode_example(*self.example(number))
+            sequences.append(tokens)
+            num_targets.append(len(tokens) - 1 if self.on_inputs else response_len)
         return training_batches(
             sequences,
             np.array(num_targets),
@@ -178,19 +266,36 @@ class GenerationPrompts:
     Args:
         data: the data set.
         prompts: the prompt builder.
-        batch_size: users in a batch; the last batch may be smaller.
+        batch_size: most users in a batch; the last batch may be smaller.
+        max_tokens: most tokens in a batch, with padding and responses, or None; a prompt that is
+            longer forms a batch of its own.
 
     Attributes:
+        histories: training items (h,) by user.
         prompts: token ids (length,) by user.
         batches: users (B,) by batch, the longest prompts first.
     """
 
-    def __init__(self, data: SequenceDataset, prompts: IdPrompts, batch_size: int) -> None:
+    def __init__(
+        self,
+        data: SequenceDataset,
+        prompts: IdPrompts,
+        batch_size: int,
+        max_tokens: int | None = None,
+    ) -> None:
         self.pad_id = prompts.eos_id
-        users = tqdm(range(data.num_users), desc="prompts", unit="user", dynamic_ncols=True)
-        self.prompts = [prompts.encode(user, training_history(data, user)) for user in users]
+        self.histories = [training_history(data, user) for user in range(data.num_users)]
+        histories = tqdm(self.histories, desc="prompts", unit="user", dynamic_ncols=True)
+        self.prompts = [prompts.encode(user, history) for user, history in enumerate(histories)]
         order = np.argsort([-len(prompt) for prompt in self.prompts], kind="stable")
-        self.batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        self.batches: list[np.ndarray] = []
+        while len(order):
+            size = batch_size
+            if max_tokens is not None:
+                longest = len(self.prompts[order[0]]) + prompts.max_response_len
+                size = max(1, min(size, max_tokens // longest))
+            self.batches.append(order[:size])
+            order = order[size:]
 
     def __len__(self) -> int:
         return len(self.batches)

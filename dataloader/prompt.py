@@ -46,18 +46,22 @@ _TAIL = "\n\n### Response:\n"
 _ANCHOR = ")"  # precedes a piece while it is tokenized
 
 
-def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[str]) -> list[np.ndarray]:
+def encode_pieces(
+    tokenizer: Tokenizer, pieces: Sequence[str], before: str = _ANCHOR
+) -> list[np.ndarray]:
     """Tokenize pieces of a text as they are within it.
 
     Args:
         tokenizer: tokenizer without padding or truncation.
-        pieces: pieces that start with a space and follow a character other than a space.
+        pieces: pieces that no token connects with what precedes them: that start with a space and
+            follow a character other than a space, for example.
+        before: a text that precedes them.
 
     Returns:
         (length,) int64 token ids of each piece, without special tokens.
     """
-    anchor = tokenizer.encode(_ANCHOR, add_special_tokens=False).ids
-    texts = [_ANCHOR + piece for piece in pieces]
+    anchor = tokenizer.encode(before, add_special_tokens=False).ids
+    texts = [before + piece for piece in pieces]
     encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
     return [np.array(e.ids[len(anchor) :], dtype=np.int64) for e in encodings]
 

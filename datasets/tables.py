@@ -214,15 +214,15 @@ def to_times(column: pd.Series, path: Path, *, first_row: int, dates: bool) -> n
     """
     if not dates:
         return to_numbers(column, path, first_row=first_row)
-    dates = pd.to_datetime(column, format="ISO8601", utc=True, errors="coerce")
-    is_invalid = dates.isna().to_numpy()
+    times = pd.to_datetime(column, format="ISO8601", utc=True, errors="coerce")
+    is_invalid = times.isna().to_numpy()
     if is_invalid.any():
         index = int(is_invalid.argmax())
         raise UserError(
             f"{path} row {index + first_row}: {column.name} '{column.iloc[index][:50]}' is neither "
             "a number nor a date like 2014-07-23 or 2014-07-23T18:30:00"
         )
-    return dates.dt.as_unit("us").astype("int64").to_numpy()
+    return times.dt.as_unit("us").astype("int64").to_numpy()
 
 
 def to_numbers(column: pd.Series, path: Path, *, first_row: int) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Attention of the language model on the CPU: torch's forward pass, a blockwise backward pass.
 
+In decoding, where there is one query, a few matrix products replace torch's kernel as well.
+
 On CPUs the backward pass of torch's flash kernel takes two to three times as long as its forward
 pass, and longer still with a padding mask. This one consists of a few matrix products per block of
 queries. It recomputes the probabilities, so that it never holds those of more than one block
@@ -9,7 +11,7 @@ queries. It recomputes the probabilities, so that it never holds those of more t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -147,10 +149,11 @@ def block_backward_attention(
     dropout: float = 0.0,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention with ``BlockBackward`` if it applies, else with torch's.
+    """Compute attention with ``BlockBackward`` or ``one_query_attention``, else with torch's.
 
     The signature is that of the attention functions of transformers. ``BlockBackward`` applies to
-    training without dropout of the probabilities and without cached keys.
+    training without dropout of the probabilities and without cached keys, ``one_query_attention``
+    to inference with a single query and keys in float32.
 
     Args:
         module: attention layer.
@@ -170,9 +173,37 @@ def block_backward_attention(
     if torch.is_grad_enabled() and plain and query.shape[2] == key.shape[2]:
         output = BlockBackward.apply(module, query, key, value, attention_mask, scaling)
         return output, None
+    if plain and query.shape[2] == 1 and key.dtype == torch.float32:
+        return one_query_attention(query, key, value, attention_mask, cast(float, scaling)), None
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
     )
+
+
+def one_query_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+) -> Tensor:
+    """Compute attention of the last position, with scores in float32.
+
+    torch's kernel takes several times as long for the few queries that share a key head. Matrix
+    products are fast if keys and values are contiguous, and in bfloat16 would round the scores.
+
+    Args:
+        query: (B, H, 1, D).
+        key: (B, G, S, D) float32.
+        value: (B, G, S, D) in any dtype.
+        mask: (B, 1, 1, S), true where the query sees a key; None if it sees all.
+        scaling: scale of the scores.
+
+    Returns:
+        (B, 1, H, D) in the dtype of the query.
+    """
+    rows = query.to(key.dtype).mul(scaling).view(*key.shape[:2], -1, key.shape[3])
+    scores = rows @ key.transpose(2, 3)  # (B, G, H / G, S)
+    if mask is not None:
+        scores.masked_fill_(~mask, -torch.inf)
+    output = scores.softmax(-1).to(value.dtype) @ value
+    return output.to(query.dtype).flatten(1, 2)[:, None]
 
 
 AttentionInterface.register(NAME, block_backward_attention)

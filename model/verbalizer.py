@@ -51,13 +51,32 @@ def candidate_scores(model: nn.Module, batch: dict[str, Any], letter_ids: Tensor
     ).last_hidden_state  # (B, L, D)
     last = mask.cumsum(-1).argmax(-1)
     hidden = hidden[torch.arange(len(last), device=last.device), last]  # (B, D)
+    return token_logits(causal_lm, hidden, letter_ids, torch.float32)
+
+
+def token_logits(
+    causal_lm: Any, hidden: Tensor, token_ids: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Compute the logits of some tokens alone.
+
+    Args:
+        causal_lm: causal language model.
+        hidden: (B, D) last hidden states.
+        token_ids: (C,) the tokens.
+        dtype: dtype of the product, unless the model's.
+
+    Returns:
+        (B, C) float32.
+    """
     head: Any = causal_lm.get_output_embeddings()
     has_adapter = isinstance(head, BaseTunerLayer)
     if has_adapter:  # which head.weight does not include
         logits: Tensor = head(hidden)
-        return logits[:, letter_ids].float()
-    bias = None if head.bias is None else head.bias[letter_ids].float()
-    return nn.functional.linear(hidden.float(), head.weight[letter_ids].float(), bias)
+        return logits[:, token_ids].float()
+    weight = head.weight[token_ids]
+    dtype = dtype or weight.dtype
+    bias = None if head.bias is None else head.bias[token_ids].to(dtype)
+    return nn.functional.linear(hidden.to(dtype), weight.to(dtype), bias).float()
 
 
 def response_loss(

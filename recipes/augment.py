@@ -15,16 +15,22 @@ from accelerate.utils import send_to_device
 from peft import PeftModel
 from torch import nn
 
+from augmentation.decoding import fitting_tokens
 from augmentation.exports import export
 from augmentation.filters import REASONS, extract_interactions, judge, plausible_rank
 from augmentation.generation import GeneratedText, build_catalogue, generate, read_texts
 from augmentation.merge import AUGMENTED_FILE, Interactions, merge, save_augmented
-from augmentation.prompts import GenerationPrompts, IdPrompts, TrainingExamples
+from augmentation.prompts import (
+    GenerationPrompts,
+    IdPrompts,
+    PublishedPrompts,
+    TrainingExamples,
+)
 from config import AugmentationConfig
 from dataloader.prompt_batches import BatchLimits
 from dataloader.sampler import ShuffledBatches
 from datasets import SequenceDataset
-from errors import advice
+from errors import UserError, advice
 from model.language_model import check_adapter, load_adapter, save_adapter
 from model.registry import load_retriever
 from model.verbalizer import response_loss
@@ -43,6 +49,8 @@ GENERATED = "generated.jsonl"
 COUNTS = "augmentation.json"
 EXPORTS = "exports"
 OUTPUT_BY_STAGE = {"tuning": ADAPTER, "generation": GENERATED}
+FREE_BATCH = 16  # users; other sizes give other texts
+CONSTRAINED_BATCH = 1024
 BEST_METRIC = "log_likelihood"
 MAX_VAL_EXAMPLES = 128
 CONSTRAINED_ADVICE = "leave out the flag or use another --llm_base_model"
@@ -83,7 +91,7 @@ def augment(
     if len(texts) < data.num_users:
         model = tuned_model(config, data, run, language_model, prompts, accelerator, log)
         texts = generate_texts(config, data, prompts, model, texts, texts_path)
-    interactions, counts = filter_texts(config, data, texts, accelerator.device)
+    interactions, counts = filter_texts(config, data, texts, prompts.prefix, accelerator.device)
     save_augmented(run.path / AUGMENTED_FILE, interactions, data.fingerprint)
     write_json(run.path / COUNTS, counts)
     # Not the plain code: RecBole downloads data of its own when asked for ml-100k.
@@ -104,7 +112,8 @@ def build_prompts(
     config: AugmentationConfig, data: SequenceDataset, language_model: LanguageModel
 ) -> IdPrompts:
     """The builder of prompts and responses."""
-    return IdPrompts(
+    builder = PublishedPrompts if config.id_prompt == "published" else IdPrompts
+    return builder(
         language_model.tokenizer,
         num_users=data.num_users,
         num_items=data.num_items,
@@ -117,11 +126,18 @@ def build_prompts(
 def check_later_stages(
     config: AugmentationConfig, data: SequenceDataset, prompts: IdPrompts
 ) -> None:
-    """Refuse at once what generation or filter could not use, not after hours of tuning.
+    """Refuse at once what a stage could not use, not after hours of tuning.
 
     Raises:
-        UserError: the tokenizer cannot be constrained, or the retriever cannot be loaded.
+        UserError: no user has enough items for an example, the tokenizer cannot be constrained, or
+            the retriever cannot be loaded.
     """
+    longest = int((data.history_ends("train") - data.offsets[:-1]).max())
+    if longest <= config.min_targets:
+        raise UserError(
+            f"--min_targets {config.min_targets} leaves no examples: users have at most {longest} "
+            "training items, of which one is the history"
+        )
     if config.constrained:
         with advice(CONSTRAINED_ADVICE):
             build_catalogue(prompts)
@@ -184,7 +200,7 @@ def tune(
     log: RunLog,
     model: PeftModel,
 ) -> None:
-    """Tune the adapters on users' training items and save the best."""
+    """Tune the adapters on users' training items and save the best or the last."""
     language_model = fit_memory(model, language_model, config)
     limits = batch_limits(config, language_model)
     examples = training_examples(config, data, prompts, limits, seed=config.seed)
@@ -192,6 +208,17 @@ def tune(
     val_limits = limits._replace(max_rows=config.val_batch_size)
     val_examples = training_examples(config, data, prompts, val_limits, seed=config.seed + 1)
     sampler = ShuffledBatches(len(examples), config.train_batch_size, config.seed)
+
+    validation = Validation(model, val_examples)
+
+    def keep() -> None:
+        save_adapter(model, run.path / ADAPTER)
+
+    def validate() -> Metrics:
+        if config.kept_weights == "last":
+            keep()  # at every validation, of which one follows the last step
+        return validation()
+
     trainer = build_trainer(
         config,
         run,
@@ -204,8 +231,8 @@ def tune(
         lr=config.lora_lr,
         paged=language_model.paged,
         loss=response_loss,
-        validate=Validation(model, val_examples),
-        save_best=lambda: save_adapter(model, run.path / ADAPTER),
+        validate=validate,
+        save_best=keep if config.kept_weights == "best" else lambda: None,
         user_names=data.user_names,
     )
     with advice(FROM_SCRATCH):
@@ -238,8 +265,12 @@ def training_examples(
     return TrainingExamples(
         data,
         prompts,
+        global_examples=config.global_examples,
         local_examples=config.local_examples,
         local_items=config.local_items,
+        min_targets=config.min_targets,
+        in_order=config.item_order == "time",
+        on_inputs=config.llm_train_on_inputs,
         limits=limits,
         seed=seed,
     )
@@ -279,21 +310,32 @@ def generate_texts(
     path: Path,
 ) -> dict[int, GeneratedText]:
     """Sample a text for every user that has none, and keep all in the file."""
+    batches = generation_batches(config, data, prompts, model)
     with advice(CONSTRAINED_ADVICE):
         return generate(
             model,
             prompts,
-            GenerationPrompts(data, prompts, config.test_batch_size),
+            batches,
             texts,
             path,
             constrained=config.constrained,
             temperature=config.temperature,
             top_p=config.top_p,
+            top_k=config.top_k,
             seed=config.seed,
             save_seconds=config.save_seconds,
             if_out_of_memory="continue with --resume and a lower --test_batch_size than "
-            f"{config.test_batch_size}",
+            f"{len(batches.batches[0])}",
         )
+
+
+def generation_batches(
+    config: AugmentationConfig, data: SequenceDataset, prompts: IdPrompts, model: PeftModel
+) -> GenerationPrompts:
+    """The prompts of all users, in batches of the size that the flags ask for or that fits."""
+    if config.test_batch_size or not config.constrained:
+        return GenerationPrompts(data, prompts, config.test_batch_size or FREE_BATCH)
+    return GenerationPrompts(data, prompts, CONSTRAINED_BATCH, fitting_tokens(model))
 
 
 # Filter -------------------------------------------------------------------------------------------
@@ -303,10 +345,11 @@ def filter_texts(
     config: AugmentationConfig,
     data: SequenceDataset,
     texts: dict[int, GeneratedText],
+    prefix: str,
     device: torch.device,
 ) -> tuple[Interactions, dict[str, Any]]:
     """Turn texts into interactions; returns them and the content of ``augmentation.json``."""
-    interactions, dropped = extract_interactions(texts, data)
+    interactions, dropped = extract_interactions(texts, data, prefix)
     num_generated = len(interactions.items) + dropped.total()
     max_rank = None
     if config.retriever_path:

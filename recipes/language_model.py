@@ -65,8 +65,14 @@ class LanguageModel(NamedTuple):
         }
 
 
-def find_language_model(config: LanguageModelConfig) -> LanguageModel:
+def find_language_model(
+    config: LanguageModelConfig, large_model: str = LARGE_MODEL
+) -> LanguageModel:
     """Find the model that the flags name, download it if needed, and check that it fits them.
+
+    Args:
+        config: all settings.
+        large_model: the default on CUDA.
 
     Raises:
         UserError: there is no such model, it is incomplete, or it does not fit the flags.
@@ -75,7 +81,7 @@ def find_language_model(config: LanguageModelConfig) -> LanguageModel:
     device = "cuda" if _cuda_is_available(config) else "cpu"
     if config.use_liger_kernel:
         check_liger(device)
-    name = config.llm_base_model or (LARGE_MODEL if device == "cuda" else SMALL_MODEL)
+    name = config.llm_base_model or (large_model if device == "cuda" else SMALL_MODEL)
     if config.llm_base_model is None:
         print(f"base model: {name}, the default on {device}")
     with flag_names(name="llm_base_model"):

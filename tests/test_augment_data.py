@@ -124,6 +124,31 @@ def test_a_retriever_trains_on_generated_interactions(
         assert any(item in candidates[user] for user, item in pairs)
 
 
+def test_interrupted_published_recipe_resumes_to_the_same_bytes(
+    toy_flags: list, tiny_llama: Path, tmp_path: Path
+):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    flags = [
+        *toy_flags, *FLAGS, "--llm_base_model", tiny_llama, "--preset", "published",
+        "--save_seconds", 0, "--constrained",
+    ]  # fmt: skip
+    done = run_script("augment_data.py", *flags, "--export_root", whole)
+    assert done.returncode == 0, done.stderr
+    flags += ["--export_root", run]
+    interrupt("augment_data.py", *flags, when=run / "checkpoint.safetensors")
+    flags.append("--resume")
+    interrupt("augment_data.py", *flags, when=run / "generated.jsonl", how=signal.SIGTERM)
+    assert 0 < len((run / "generated.jsonl").read_text().splitlines()) < 60
+    done = run_script("augment_data.py", *flags)
+    assert done.returncode == 0, done.stderr
+    assert contents(run) == contents(whole)
+    texts = [json.loads(line)["text"] for line in (run / "generated.jsonl").open()]
+    assert all(text.startswith("i") for text in texts)
+    counts = read(run / "augmentation.json")
+    assert counts["valid_share"] == 1 and counts["dropped"]["had"] == 0
+    assert counts["dropped"]["repeated"] == 0 < counts["kept"]
+
+
 def test_interrupted_augmentation_resumes_to_the_same_bytes(
     augmented: Path, toy_flags: list, tiny_llama: Path, tmp_path: Path
 ):

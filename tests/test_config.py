@@ -14,6 +14,7 @@ from config import (
     AugmentationConfig,
     RankerConfig,
     RetrieverConfig,
+    augmentation_preset,
     retriever_preset,
 )
 from errors import UserError
@@ -74,6 +75,21 @@ def test_every_preset_is_valid(dataset: str, model: str, preset: str):
     retriever(dataset_code=dataset, model_code=model, preset=preset)
 
 
+def test_published_preset_of_the_augmentation():
+    default = AugmentationConfig(dataset_code="games", **augmentation_preset({}))
+    assert default == AugmentationConfig(dataset_code="games")
+    settings = augmentation_preset({"preset": "published"})
+    published = AugmentationConfig(dataset_code="games", preset="published", **settings)
+    assert (published.top_k, published.llm_max_text_len, published.global_examples) == (
+        50,
+        2048,
+        20,
+    )
+    assert settings.keys() <= flags_of(AugmentationConfig).keys()
+    same = [name for name, value in settings.items() if getattr(default, name) == value]
+    assert not same, "a preset names what differs"
+
+
 # Settings ---------------------------------------------------------------------------------------
 
 
@@ -128,6 +144,11 @@ def test_refused_by_all_scripts(config: type, settings: dict, message: str):
         (RankerConfig, {"llm_input_template": "{}"}, "--llm_input_template needs {} twice"),
         (RankerConfig, {"llm_input_template": "{} {} {}"}, "--llm_input_template needs {} twice"),
         (AugmentationConfig, {"local_items": 1}, "--local_items 1: at least 2"),
+        (
+            AugmentationConfig,
+            {"global_examples": 0, "local_examples": 0},
+            "--global_examples 0 --local_examples 0 leave nothing to train on",
+        ),
         (AugmentationConfig, {"temperature": 0.0}, "--temperature and --top_p must be above 0"),
         (AugmentationConfig, {"top_p": 0.0}, "--temperature and --top_p must be above 0"),
         (AugmentationConfig, {"max_new_tokens": 1536}, "leaves no room .* --llm_max_text_len 1536"),

@@ -169,6 +169,8 @@ FLAGS = [
             f"{RANK} --response_loss letters --llm_train_on_inputs",
             "--response_loss letters has no loss for the prompt: leave out --llm_train_on_inputs"),
     Mistake("example of one item", f"{AUGMENT} --local_items 1", "--local_items 1: at least 2 are"),
+    Mistake("no examples", f"{AUGMENT} --global_examples 0 --local_examples 0",
+            "--global_examples 0 --local_examples 0 leave nothing to train on"),
     Mistake("temperature 0", f"{AUGMENT} --temperature 0",
             "--temperature and --top_p must be above 0"),
     Mistake("no tokens to sample from", f"{AUGMENT} --top_p 0", "must be above 0 to sample"),

@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from augmentation.merge import Interactions
-from augmentation.prompts import IdPrompts
+from augmentation.prompts import IdPrompts, PublishedPrompts
 from datasets import SequenceDataset
 
 EOS = 1  # of the tiny Llama
@@ -24,6 +24,24 @@ def make_prompts(
 ) -> IdPrompts:
     """Make the prompt builder of a data set."""
     return IdPrompts(
+        tokenizer,
+        num_users=data.num_users,
+        num_items=data.num_items,
+        eos_id=EOS,
+        max_text_len=max_text_len,
+        max_response_len=max_response_len,
+    )
+
+
+def make_published_prompts(
+    tokenizer: Tokenizer,
+    data: SequenceDataset,
+    *,
+    max_text_len: int = 512,
+    max_response_len: int = 100,
+) -> PublishedPrompts:
+    """Make the published prompt builder of a data set."""
+    return PublishedPrompts(
         tokenizer,
         num_users=data.num_users,
         num_items=data.num_items,

@@ -1,4 +1,4 @@
-"""Files for RecBole and SELFRec."""
+"""Files for RecBole, SELFRec and OpenP5, read in the way of their loaders."""
 
 from collections import Counter
 from dataclasses import replace
@@ -60,6 +60,16 @@ def test_selfrec_files_hold_training_and_test_items(merged: SequenceDataset, exp
             for item in items.split()
         ]
         assert sequences == pairs
+
+
+def test_openp5_holds_out_the_last_two_items(merged: SequenceDataset, exports: Path):
+    lines = (exports / "openp5" / "toy" / "user_sequence.txt").read_text().split("\n")
+    assert lines.pop() == "" and len(lines) == merged.num_users
+    for user, line in enumerate(lines):
+        name, *items = line.split(" ")
+        held_out = [merged.targets("val")[user], merged.targets("test")[user]]
+        training = merged.item_ids[merged.offsets[user] : merged.history_ends("train")[user]]
+        assert name == str(user) and items == [str(item) for item in [*training, *held_out]]
 
 
 @pytest.mark.parametrize("names", [("NA", "b"), ('a"', "a'"), ("a  b", "a b")])

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from augmentation import generation
-from augmentation.filters import parse_items
+from augmentation.filters import extract_interactions, parse_items
 from augmentation.generation import GeneratedText, generate, read_texts, save_texts
-from augmentation.prompts import GenerationPrompts, IdPrompts
+from augmentation.prompts import GenerationPrompts, IdPrompts, training_history
 from datasets import SequenceDataset
 from errors import ArgumentError, InputError, UserError
 from tests.augmentation.helpers import make_prompts
@@ -69,9 +69,13 @@ def test_generation_resumes_to_the_same_texts(constrained: bool, arguments: dict
 
 
 def test_constrained_texts_list_items(arguments: dict[str, Any], small_data: SequenceDataset):
-    for text in generate(**arguments | {"constrained": True}).values():
+    texts = generate(**arguments | {"constrained": True})
+    for user, text in texts.items():
         items, dropped = parse_items(text, small_data.num_items)
         assert items and set(dropped) <= {"cut"}
+        assert not set(items) & set(training_history(small_data, user).tolist())
+    _, dropped = extract_interactions(texts, small_data)
+    assert set(dropped) <= {"cut"}
 
 
 def test_texts_do_not_depend_on_other_batches(arguments: dict[str, Any]):
@@ -88,11 +92,11 @@ def test_texts_are_saved_when_generation_fails(
 ):
     sample_batch, calls = generation._sample_batch, []
 
-    def fails_at_the_second(*positional: Any) -> dict[int, GeneratedText]:
+    def fails_at_the_second(*positional: Any, **options: Any) -> dict[int, GeneratedText]:
         calls.append(positional)
         if len(calls) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return sample_batch(*positional)
+        return sample_batch(*positional, **options)
 
     monkeypatch.setattr(generation, "_sample_batch", fails_at_the_second)
     with pytest.raises(UserError, match="buy a larger one"):
@@ -104,7 +108,8 @@ def test_constraints_name_their_argument(
     arguments: dict[str, Any], short_prompts: IdPrompts, monkeypatch: pytest.MonkeyPatch
 ):
     ambiguous = [*short_prompts.items[:-1], np.tile(short_prompts.items[1], 2)]
-    monkeypatch.setattr(short_prompts, "items", ambiguous)
+    monkeypatch.setattr(short_prompts, "first_items", ambiguous)
+    monkeypatch.setattr(short_prompts, "later_items", ambiguous)
     with pytest.raises(ArgumentError, match="where an item's number ends") as error:
         generate(**arguments | {"constrained": True})
     assert error.value.argument == "constrained"

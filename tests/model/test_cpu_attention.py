@@ -126,3 +126,26 @@ def test_only_torchs_attention_is_replaced(tiny_llama: Path):
         model = AutoModelForCausalLM.from_pretrained(tiny_llama, attn_implementation=name)
         speed_up_on_cpu(model)
         assert model.config._attn_implementation == expected
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_one_query_equals_the_definition(
+    num_groups: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cpu_attention, "sdpa_attention_forward", None)  # not called
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(3, 4, 1, 8, generator=generator).to(dtype)
+    key, value = (torch.randn(3, num_groups, 20, 8, generator=generator) for _ in range(2))
+    value = value.to(dtype)
+    mask = torch.rand(3, 1, 1, 20, generator=generator) > 0.3
+    for chosen in (mask, None):
+        output, _ = block_backward_attention(
+            module(4, num_groups), query, key, value, chosen, scaling=SCALING
+        )
+        seen = torch.ones_like(mask) if chosen is None else chosen
+        expected = definition(query.float(), key, value.float(), seen)
+        assert output.dtype == dtype and output.shape == expected.shape
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        assert torch.allclose(output.float(), expected, atol=tolerance)

@@ -13,10 +13,22 @@ from augmentation.filters import REASONS
 from augmentation.merge import Interactions
 from config import AugmentationConfig
 from datasets import SequenceDataset
+from errors import UserError
 from flags import flags_of
-from recipes.augment import count, reuse_stages
+from recipes.augment import (
+    Validation,
+    build_prompts,
+    check_later_stages,
+    count,
+    reuse_stages,
+    tune,
+)
 from recipes.language_model import LanguageModel, find_language_model
+from recipes.tuning import load_with_adapters
 from tests.helpers import contents, make_data
+from trainer.optimization import make_accelerator
+from trainer.run_folder import RunFolder
+from trainer.run_log import RunLog
 
 
 def config(**flags: Any) -> AugmentationConfig:
@@ -37,8 +49,10 @@ def language_model(tiny_llama: Path) -> LanguageModel:
 
 OTHER_VALUES = {
     "tuning": {"lora_r": 3, "seed": 7, "max_steps": 9, "local_items": 4, "llm_max_text_len": 900,
-               "max_new_tokens": 100, "lora_dropout": 0.5},
-    "generation": {"constrained": True, "temperature": 0.5, "top_p": 0.5},
+               "max_new_tokens": 100, "lora_dropout": 0.5, "preset": "published",
+               "id_prompt": "published", "item_order": "random", "global_examples": 2,
+               "min_targets": 2, "llm_train_on_inputs": True, "kept_weights": "last"},
+    "generation": {"constrained": True, "temperature": 0.5, "top_p": 0.5, "top_k": 3},
     "filter": {"plausible_rank": 5, "plausible_share": 0.9},
     "none": {"export_root": "x", "resume": True, "save_seconds": 1.0, "reuse": "x",
              "test_batch_size": 3, "tokens_per_batch": 77},
@@ -128,6 +142,38 @@ def test_reuse_keeps_what_exists(earlier: Path, tmp_path: Path):
     reuse_stages(earlier, run, stages, stages)
     assert (run / "generated.jsonl").read_text() == "own\n"
     assert (run / "adapter" / "weights").exists()
+
+
+# Kept weights -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kept", "num_saved"), [("best", 2), ("last", 3)])
+def test_kept_weights(
+    kept: str, num_saved: int, data: SequenceDataset, language_model: LanguageModel,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    """Of three validations the second is the best."""
+    settings = config(
+        max_steps=6, lora_val_iterations=2, train_batch_size=2, kept_weights=kept,
+        llm_max_text_len=200, max_new_tokens=20,
+    )  # fmt: skip
+    scores, saved = iter([-3.0, -1.0, -2.0]), []
+    monkeypatch.setattr(Validation, "__call__", lambda self: {"log_likelihood": next(scores)})
+    monkeypatch.setattr("recipes.augment.save_adapter", lambda *saving: saved.append(saving))
+    run, log = RunFolder(tmp_path, (), ""), RunLog(tmp_path / "log.jsonl")
+    accelerator = make_accelerator("cpu", 0)
+    model = load_with_adapters(language_model, settings, accelerator)
+    prompts = build_prompts(settings, data, language_model)
+    tune(settings, data, run, language_model, prompts, accelerator, log, model)
+    assert len(saved) == num_saved
+
+
+def test_examples_need_enough_items(data: SequenceDataset, language_model: LanguageModel):
+    settings = config(min_targets=23)
+    prompts = build_prompts(settings, data, language_model)
+    with pytest.raises(UserError, match=r"--min_targets 23 leaves no examples: .* at most 23"):
+        check_later_stages(settings, data, prompts)
+    check_later_stages(config(min_targets=22), data, prompts)
 
 
 # Counts -----------------------------------------------------------------------------------------
