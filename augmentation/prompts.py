@@ -14,11 +14,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from tokenizers import Tokenizer
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from dataloader.prompt import encode_pieces
 from dataloader.prompt_batches import Batch, BatchLimits, pad_left, training_batches
 from datasets import SequenceDataset
+from progress import ProgressBar
 
 _HISTORY = "User {user} clicked:"
 _REQUEST = " ; recommend to user {user}:"
@@ -187,7 +187,7 @@ class GenerationPrompts:
 
     def __init__(self, data: SequenceDataset, prompts: IdPrompts, batch_size: int) -> None:
         self.pad_id = prompts.eos_id
-        users = tqdm(range(data.num_users), desc="prompts", unit="user", dynamic_ncols=True)
+        users = ProgressBar(range(data.num_users), desc="prompts", unit="user")
         self.prompts = [prompts.encode(user, training_history(data, user)) for user in users]
         order = np.argsort([-len(prompt) for prompt in self.prompts], kind="stable")
         self.batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

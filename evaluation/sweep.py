@@ -11,7 +11,8 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
+
+from progress import ProgressBar
 
 Step = Callable[[dict[str, Any]], dict[str, Tensor]]
 
@@ -35,7 +36,7 @@ def sweep(
     model.eval()
     device = next(model.parameters()).device
     parts: dict[str, list[Tensor]] = defaultdict(list)
-    for batch in tqdm(loader, desc=description, unit="batch", leave=False, dynamic_ncols=True):
+    for batch in ProgressBar(loader, desc=description, unit="batch", leave=False):
         for name, rows in step(send_to_device(batch, device)).items():
             parts[name].append(rows.cpu())
     return {name: torch.cat(tensors).numpy() for name, tensors in parts.items()}

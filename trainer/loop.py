@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from dataloader.sampler import ShuffledBatches
 from errors import UserError
 from process import deferred_signals, raise_interrupt
+from progress import ProgressBar
 from trainer.average import WeightAverage
 from trainer.checkpoint import (
     load_checkpoint,
@@ -164,13 +164,12 @@ class Trainer:
         """
         if resume:
             self._load()
-        bar = tqdm(
+        bar = ProgressBar(
             total=self.total,
             initial=self.progress.step,
             desc="train",
             unit="step",
             disable=self.progress.done,
-            dynamic_ncols=True,
         )
         with bar, self._memory_errors_explained(self.settings.advice.out_of_memory):
             self._train(bar)
@@ -184,7 +183,7 @@ class Trainer:
             step = self.progress.step
             raise UserError(f"the GPU is out of memory after step {step:,}: {advice}") from error
 
-    def _train(self, bar: tqdm) -> None:
+    def _train(self, bar: ProgressBar) -> None:
         batches = self._batches()
         while not self.progress.done:
             if self._validation_is_due():
@@ -212,7 +211,7 @@ class Trainer:
         self.sampler.seek(self.progress.epoch, self.progress.batch)
         return iter(self.loader)
 
-    def _advance(self, batch: list[MicroBatch], bar: tqdm) -> None:
+    def _advance(self, batch: list[MicroBatch], bar: ProgressBar) -> None:
         """Train on a batch and update the progress."""
         self.recent_users.append([user for part in batch for user in part["users"]])
         self.losses.append(self._step(batch))
@@ -276,7 +275,7 @@ class Trainer:
         due = progress.batch == len(self.loader) if every is None else progress.step % every == 0
         return due or progress.step == self.total
 
-    def _validate(self, bar: tqdm) -> None:
+    def _validate(self, bar: ProgressBar) -> None:
         """Compute the metrics, keep the weights if they are the best, decide whether to stop."""
         self._check_losses()
         self.model.eval()
@@ -302,7 +301,7 @@ class Trainer:
         self.progress = replace(progress, done=stops or progress.step == self.total)
         return improved
 
-    def _record(self, loss: float, metrics: Metrics, bar: tqdm) -> None:
+    def _record(self, loss: float, metrics: Metrics, bar: ProgressBar) -> None:
         progress, metric = self.progress, self.settings.best_metric
         self.log.add(
             {"step": progress.step, "epoch": progress.epoch, "loss": loss}
