@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,9 @@ class CommonConfig:
         300.0, "longest time between two checkpoints, in seconds", nonnegative
     )
     use_wandb: bool = handling_flag(False, "also log to Weights & Biases", boolean)
+    use_tensorboard: bool = handling_flag(
+        False, "also log to TensorBoard, in the run's folder", boolean
+    )
     num_workers: int = handling_flag(
         0, "worker processes that prepare batches", up_to(256, lowest=0)
     )
@@ -134,6 +138,8 @@ class CommonConfig:
     def __post_init__(self) -> None:
         if self.resume and self.overwrite:
             raise UserError("--resume continues the run that --overwrite replaces: choose one")
+        if self.use_tensorboard and find_spec("tensorboard") is None:
+            raise UserError("--use_tensorboard needs a package: pip install tensorboard")
         if self.min_uc < 3:
             raise UserError(
                 f"--min_uc {self.min_uc}: a user needs at least 3 interactions, "

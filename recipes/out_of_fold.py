@@ -158,6 +158,7 @@ def fold_retriever(
         val_strategy="iteration",
         val_iterations=steps,  # one validation, at the end
         use_wandb=False,
+        use_tensorboard=False,
         overwrite=False,
     )
     fingerprint = run_fingerprint(settings, {}, data, np.packbits(others).tobytes())
