@@ -97,6 +97,10 @@ class CommonConfig:
     )
     resume: bool = handling_flag(False, "continue an interrupted run", boolean)
     overwrite: bool = handling_flag(False, "replace an earlier run in the same folder", boolean)
+    dry_run: bool = handling_flag(
+        False, "print settings and what the run would take, from a few steps of it, and stop",
+        boolean,
+    )  # fmt: skip
     save_seconds: float = handling_flag(
         300.0, "longest time between two checkpoints, in seconds", nonnegative
     )
@@ -249,6 +253,8 @@ class RetrieverConfig(CommonConfig):
             raise UserError(
                 f"--num_heads {self.num_heads} does not divide --hidden_units {self.hidden_units}"
             )
+        if self.dry_run and self.search:
+            raise UserError("--dry_run shows a single run: leave out --search")
         if int(self.sliding_window_size * self.max_len) < 1:
             raise UserError(
                 f"--sliding_window_size {self.sliding_window_size}: "
@@ -485,6 +491,8 @@ class AugmentationConfig(LanguageModelConfig):
             raise UserError(
                 f"--local_items {self.local_items}: at least 2 are needed, a history and a target"
             )
+        if self.dry_run:
+            raise UserError("--dry_run: augment_data.py cannot estimate a run; leave out the flag")
         if not self.temperature or not self.top_p:
             raise UserError("--temperature and --top_p must be above 0 to sample anything")
         if self.max_new_tokens >= self.llm_max_text_len:

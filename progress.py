@@ -45,7 +45,8 @@ class ProgressBar(tqdm):
         """Draw the bar, or write a line if one is due."""
         if self.drawn:
             return super().display(msg, pos)
-        if not self.disable and time.monotonic() - ProgressBar.last_line >= LINE_SECONDS:
+        started = self.n > self.initial and not self.disable
+        if started and time.monotonic() - ProgressBar.last_line >= LINE_SECONDS:
             self.fp.write(f"{self}\n")
             self.fp.flush()
             ProgressBar.last_line = time.monotonic()

@@ -53,6 +53,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     items = (split.items.tobytes() for split in candidates.values())
     fingerprint = run_fingerprint(config, language_model.details(), data, *items)
     run = RunFolder(config.run_dir(language_model.base.name), OUTPUTS, fingerprint)
+    if config.dry_run:
+        from recipes.dry_run import dry_run_ranker
+
+        dry_run_ranker(config, data, candidates, language_model, prompts, details)
+        return
     check_replaceable(run, config)
     with locked(run):
         # torch and transformers take seconds to import, so this comes after all checks.

@@ -38,6 +38,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     augmented = read_augmented(config, data)
     inputs = fingerprint_inputs(config, augmented)
     run = RunFolder(config.run_dir, OUTPUTS, run_fingerprint(config, {}, data, *inputs))
+    if config.dry_run:
+        from recipes.dry_run import dry_run_retriever
+
+        dry_run_retriever(config, data, augmented, find_encoder(config))
+        return
     if not (config.search and (run.path / SEARCH).exists()):  # a search always resumes
         check_replaceable(run, config)
     note_repeated_targets(config, data)

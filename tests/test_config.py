@@ -170,10 +170,10 @@ def test_every_flag_is_declared_in_full(config: type):
 def test_flags_that_do_not_change_results():
     """Written out: a wrong declaration would let a run resume with other settings."""
     handling = {
-        "augmented", "cache_root", "data_root", "experiment_root", "export_root", "interactions",
-        "items", "llm_cache_dir", "llm_retrieved_path", "num_workers", "overwrite", "resume",
-        "retriever_path", "reuse", "save_seconds", "search", "search_dropout", "search_jobs",
-        "search_weight_decay", "use_tensorboard", "use_wandb",
+        "augmented", "cache_root", "data_root", "dry_run", "experiment_root", "export_root",
+        "interactions", "items", "llm_cache_dir", "llm_retrieved_path", "num_workers", "overwrite",
+        "resume", "retriever_path", "reuse", "save_seconds", "search", "search_dropout",
+        "search_jobs", "search_weight_decay", "use_tensorboard", "use_wandb",
     }  # fmt: skip
     rounding = {
         "gradient_checkpointing", "lora_micro_batch_size", "test_batch_size", "tokens_per_batch",

@@ -313,6 +313,14 @@ class Trainer:
             f"(best {progress.best:.4f} at step {progress.best_step:,})"
         )
 
+    def step_seconds(self, count: int) -> Iterator[float]:
+        """Take the first ``count`` steps of an epoch for their times, and keep no checkpoint."""
+        batches = self._batches()
+        for _ in range(count):
+            start = time.monotonic()
+            self._step(next(batches)).item()  # waits for the GPU
+            yield time.monotonic() - start
+
     def _save(self) -> None:
         if self.losses:
             self._check_losses()  # never save weights that have diverged
