@@ -9,7 +9,7 @@ RANKER_FLAGS := --llm_retrieved_path experiments/lru/ml-100k-classic --device cp
 	--llm_base_model smollm2-135m --verbalizer titles --llm_max_history 10 --max_steps 24 \
 	--lora_val_iterations 24 --val_users 100 --warmup_steps 4 --overwrite
 
-.PHONY: run test coverage faults lint format clean
+.PHONY: run test coverage faults lint format docs clean
 
 run: $(VENV)/.installed
 	$(PY) train_retriever.py $(RETRIEVER_FLAGS)
@@ -38,6 +38,10 @@ format: $(VENV)/.installed-dev
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+# The pages as a website, in docs/_build.
+docs: $(VENV)/.installed-docs
+	$(PY) -m sphinx -W --keep-going -q -c docs . docs/_build
+
 clean:
 	rm -rf $(VENV)
 
@@ -48,4 +52,9 @@ $(VENV)/.installed: requirements.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	$(PY) -m pip install --requirement requirements-dev.txt
+	touch $@
+
+$(VENV)/.installed-docs: requirements-docs.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --requirement requirements-docs.txt
 	touch $@
