@@ -50,8 +50,8 @@ $(VENV)/.installed: requirements.txt
 	$(PY) -m pip install --requirement requirements.txt
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
-	$(PY) -m pip install --requirement requirements-dev.txt
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt requirements-ray.txt
+	$(PY) -m pip install --requirement requirements-dev.txt --requirement requirements-ray.txt
 	touch $@
 
 $(VENV)/.installed-docs: requirements-docs.txt
