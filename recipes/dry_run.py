@@ -97,12 +97,12 @@ def dry_run_ranker(
     last = sum(len(split.retrieved) for split in candidates.values())
     evaluation = Evaluation(seconds, len(evaluator.val_users), last)
     settings = fit_ranker.ranker_loop(config, language_model)
-    show(config, trainer, settings, step_seconds, evaluation)
     if config.is_guided:
         print(
-            f"The first run of a ranker also trains {config.folds} retrievers, each about as long "
-            "as the given one."
+            f"before: {config.folds} retrievers, each about as long as the given one's training, "
+            "unless an earlier ranker has trained them"
         )
+    show(config, trainer, settings, step_seconds, evaluation)
 
 
 @contextmanager
@@ -178,11 +178,10 @@ def show(
     total = settings.total_steps(epoch)
     validations = -(-total // (settings.val_steps or epoch))
     step = statistics.median(step_seconds)
+    validation = evaluation.val_users * evaluation.seconds_per_user
     parts = {
         "training": total * step,
-        f"{validations:,} validations": validations
-        * evaluation.val_users
-        * evaluation.seconds_per_user,
+        f"{validations:,} validations": validations * validation,
         "evaluation": evaluation.last_users * evaluation.seconds_per_user,
     }
     shown = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items())
@@ -190,7 +189,7 @@ def show(
     print(
         f"steps: {total:,} of {config.train_batch_size} examples, {epoch:,} an epoch\n"
         f"a step takes {step:.3g} s (median of {len(step_seconds)}), a validation "
-        f"{duration(evaluation.val_users * evaluation.seconds_per_user)}\n"
+        f"{duration(validation)}\n"
         f"time: about {duration(sum(parts.values()))} ({shown}){early}\n"
         f"memory: {peak_memory(trainer.accelerator.device) / 2**30:.1f} GiB at most so far on "
         f"{trainer.accelerator.device}\n"

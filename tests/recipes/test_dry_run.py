@@ -61,7 +61,7 @@ def test_ranker(
     median, longest = numbers(output, r"tokens a prompt: median (\S+), at most (\S+)\n")
     assert 20 < int(median) <= int(longest) < 1536
     assert numbers(output, r"\n  llm_base_model +(\S+)\n") == ("tiny-llama",)
-    assert ("also trains 2 retrievers" in output) == (name == "guided")
+    assert ("before: 2 retrievers" in output) == (name == "guided")
     assert not (tmp_path / "runs").exists() and sorted(retrieved.rglob("*")) == before
 
 
