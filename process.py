@@ -1,4 +1,4 @@
-"""What concerns the whole process: signals, the CUDA device, oneDNN's cache."""
+"""What concerns the whole process: signals, streams, the CUDA device, settings of libraries."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,9 @@ from typing import Any
 from distributed import size
 from errors import ArgumentError, UserError
 
+# Turns for which a thread of torch's OpenMP library waits before it sleeps; 300,000 by default. The
+# library chooses fewer itself if there are more threads than cores, but knows only its own threads.
+GOMP_SPINCOUNT = "1000"
 DEFERRED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Settings that accelerate would take from the environment, with values that change nothing. They
 # are not part of a run's settings.
@@ -46,8 +50,22 @@ def set_up() -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     # For the same reason, blocks of GPU memory would hardly ever fit again.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    # Threads that wait for others would use up the time of whatever else runs on their cores.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", GOMP_SPINCOUNT)
+    silence_libraries()
     signal.signal(signal.SIGTERM, _terminate)
     prepare_streams()
+
+
+def silence_libraries() -> None:
+    """Hide bars and warnings of the libraries; the user's own ``python -W`` wins.
+
+    What transformers logs, such as missing weights, still appears.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # those of transformers as well
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
 
 
 def prepare_streams() -> None:
@@ -65,7 +83,8 @@ def prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", errors="replace"))  # noqa: SIM115
             continue
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            # By lines, so that a log keeps up with the run and with what goes to stderr.
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
             setattr(sys, name, _Lasting(stream))
 
 

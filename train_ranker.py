@@ -17,7 +17,7 @@ from datasets import SequenceDataset
 from datasets.base import Filters
 from errors import UserError, advice
 from flags import reread
-from process import check_device
+from process import check_device, check_single_process
 from recipes.language_model import LanguageModel, find_language_model
 from recipes.prompts import build_prompts, note_few_items
 from recipes.runs import check_examples, check_replaceable, load_data, locked, run_fingerprint
@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the settings, the data and the candidates, check them, then train."""
     config = parse(RankerConfig, argv, __doc__, preset=ranker_preset, inherit=retriever_settings)
     check_device(config.device)
+    if config.dry_run:
+        check_single_process()
     data = load_data(config)
     config = config.with_retriever(data.code)
     check_examples(data)
@@ -56,6 +58,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     items = (split.items.tobytes() for split in candidates.values())
     fingerprint = run_fingerprint(config, language_model.details(), data, *items)
     run = RunFolder(config.run_dir(language_model.base.name, data.code), OUTPUTS, fingerprint)
+    if config.dry_run:
+        from recipes.dry_run import dry_run_ranker
+
+        dry_run_ranker(config, data, candidates, language_model, prompts, details)
+        return
     check_replaceable(run, config)
     with locked(run):
         # torch and transformers take seconds to import, so this comes after all checks.

@@ -33,13 +33,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the settings and the data, check them, then train."""
     config = parse(RetrieverConfig, argv, __doc__, preset=retriever_preset)
     check_device(config.device)
-    if config.search:
-        check_single_process()  # it runs points side by side instead
+    if config.search or config.dry_run:
+        check_single_process()  # a search runs points side by side instead
     data = load_data(config)
     check_sizes(config, data)
     augmented = read_augmented(config, data)
     inputs = fingerprint_inputs(config, augmented)
     run = RunFolder(config.run_dir(data.code), OUTPUTS, run_fingerprint(config, {}, data, *inputs))
+    if config.dry_run:
+        from recipes.dry_run import dry_run_retriever
+
+        dry_run_retriever(config, data, augmented, find_encoder(config))
+        return
     if not (config.search and (run.path / SEARCH).exists()):  # a search always resumes
         check_replaceable(run, config)
     note_repeated_targets(config, data)

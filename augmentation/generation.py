@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from peft import PeftModel
-from tqdm import tqdm
 
 from augmentation.constraints import Catalogue, ItemText
 from augmentation.decoding import decode
 from augmentation.prompts import GenerationPrompts, IdPrompts
 from errors import ArgumentError, InputError, UserError
+from progress import ProgressBar
 from storage import atomic_path, reading
 
 
@@ -103,7 +103,7 @@ def generate(
     texts, saved_at = dict(texts), time.monotonic()
     num_users = sum(map(len, batches.batches))
     try:
-        with tqdm(total=num_users, initial=len(texts), desc="generate", unit="user") as bar:
+        with ProgressBar(total=num_users, initial=len(texts), desc="generate", unit="user") as bar:
             for index, users in enumerate(batches.batches):
                 if all(user in texts for user in users):
                     continue

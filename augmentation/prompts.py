@@ -15,11 +15,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from tokenizers import Tokenizer
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from dataloader.prompt import encode_pieces
 from dataloader.prompt_batches import Batch, BatchLimits, pad_left, training_batches
 from datasets import SequenceDataset
+from progress import ProgressBar
 
 _HISTORY = "User {user} clicked:"
 _REQUEST = " ; recommend to user {user}:"
@@ -285,7 +285,7 @@ class GenerationPrompts:
     ) -> None:
         self.pad_id = prompts.eos_id
         self.histories = [training_history(data, user) for user in range(data.num_users)]
-        histories = tqdm(self.histories, desc="prompts", unit="user", dynamic_ncols=True)
+        histories = ProgressBar(self.histories, desc="prompts", unit="user")
         self.prompts = [prompts.encode(user, history) for user, history in enumerate(histories)]
         order = np.argsort([-len(prompt) for prompt in self.prompts], kind="stable")
         self.batches: list[np.ndarray] = []

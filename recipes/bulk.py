@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from config import CommonConfig
 from errors import UserError, advice
+from progress import ProgressBar
 from recipes.people import People, Person
 from recipes.runs import load_data
 from storage import atomic_path, read_json, reading, write_json
@@ -161,7 +161,7 @@ def recommend_to_all(job: Job, people: People, engine: Engine, *, resume: bool) 
             path.unlink(missing_ok=True)
         write_json(manifest, record)
     users = parts = 0
-    with tqdm(desc="recommend", unit="user", unit_scale=True, dynamic_ncols=True) as bar:
+    with ProgressBar(desc="recommend", unit="user", unit_scale=True) as bar:
         for count in engine(job, people):
             users, parts = users + count, parts + 1
             bar.update(count)

@@ -146,6 +146,8 @@ def fold_retriever(
     Raises:
         UserError: too few users are left to train on, or the folder cannot be used.
     """
+    if config.dry_run:  # only its size matters
+        return load_retriever(config.retrieved_dir, data.num_items)
     others = fold_of != fold
     if not others.any() or others.all():
         raise UserError(f"--folds {config.folds}: there are only {data.num_users} users")
@@ -158,6 +160,7 @@ def fold_retriever(
         val_strategy="iteration",
         val_iterations=steps,  # one validation, at the end
         use_wandb=False,
+        use_tensorboard=False,
         overwrite=False,
     )
     fingerprint = run_fingerprint(settings, {}, data, np.packbits(others).tobytes())

@@ -24,8 +24,8 @@ from trainer.average import WeightAverage
 from trainer.fingerprint import RESULTS_FORMAT
 from trainer.loop import Advice, LoopSettings, Metrics, Trainer
 from trainer.optimization import build_optimizer, build_schedule
-from trainer.run_folder import CONFIG, LOG, RunFolder
-from trainer.run_log import RunLog
+from trainer.run_folder import CHARTS, CONFIG, LOG, RunFolder
+from trainer.run_log import RunLog, TensorBoard, Tracker
 
 WANDB_PROJECT = "llamarec"
 
@@ -158,9 +158,13 @@ def open_run(
     """
     if resumed is None:
         resumed = config.resume and run.is_interrupted()
-    tracker = _start_wandb(run, config, details) if config.use_wandb and is_main() else None
+    trackers: list[Tracker] = []
+    if config.use_wandb and is_main():
+        trackers.append(_start_wandb(run, config, details))
     _prepare_folder(run, config.as_dict() | dict(details), resumed)
-    return RunLog(run.path / LOG, tracker)
+    if config.use_tensorboard and is_main():
+        trackers.append(TensorBoard(run.path / CHARTS))
+    return RunLog(run.path / LOG, trackers)
 
 
 @in_main_process
@@ -191,12 +195,10 @@ def is_readable(path: Path) -> bool:
 def close_run(run: RunFolder, log: RunLog, summary: Mapping[str, Any]) -> None:
     """Remove the checkpoint of a finished run and end its tracking."""
     run.checkpoint.unlink(missing_ok=True)
-    if log.tracker:
-        log.tracker.summary.update(summary)
-        log.tracker.finish()
+    log.close(summary)
 
 
-def _start_wandb(run: RunFolder, config: CommonConfig, details: Mapping[str, Any]) -> Any:
+def _start_wandb(run: RunFolder, config: CommonConfig, details: Mapping[str, Any]) -> Tracker:
     """Start tracking with Weights & Biases.
 
     Raises:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 from accelerate import Accelerator
 from peft import PeftModel
 
@@ -34,7 +32,6 @@ def load_with_adapters(
     Raises:
         UserError: the model cannot be loaded.
     """
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     with flag_names(
         folder="llm_base_model",
         fused_kernels="use_liger_kernel",

@@ -43,16 +43,18 @@ INPUT_TEMPLATE = "User history: {}; \n Candidate pool: {}"
 def run_script(
     script: str, *flags: object, env: dict[str, str] | None = None, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Run an entry script in its own process, without a terminal."""
-    return subprocess.run(
+    """Run an entry script in its own process, without a terminal: its output is plain text."""
+    done = subprocess.run(
         [sys.executable, str(ROOT / script), *map(str, flags)],
         capture_output=True,
-        text=True,
         stdin=subprocess.DEVNULL,
         env={**os.environ, **(env or {})},
         timeout=600,
         **options,
     )
+    output, errors = done.stdout.decode(), done.stderr.decode()
+    assert not set("\r\x1b") & set(output + errors), errors
+    return subprocess.CompletedProcess(done.args, done.returncode, output, errors)
 
 
 def interrupt(
@@ -80,7 +82,7 @@ def interrupt(
     process.send_signal(how)
     _, errors = process.communicate()
     assert modified() != before, "the run ended before it could be interrupted"
-    return process.returncode, errors.splitlines()[-1]
+    return process.returncode, (errors.splitlines() or [""])[-1]
 
 
 def file_names(folder: Path) -> list[str]:

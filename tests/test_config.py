@@ -160,6 +160,13 @@ def test_refused_by_one_script(config: type, settings: dict, message: str):
         config(dataset_code="games", **settings)
 
 
+def test_tensorboard_needs_its_package(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("config.find_spec", lambda name: None)
+    RetrieverConfig(dataset_code="games")
+    with pytest.raises(UserError, match="--use_tensorboard needs a package: pip install tensor"):
+        RetrieverConfig(dataset_code="games", use_tensorboard=True)
+
+
 @pytest.mark.parametrize("model", ["lru", "narm"])
 def test_heads_do_not_matter_to_recurrent_models(model: str):
     assert RetrieverConfig(dataset_code="games", model_code=model, num_heads=5).num_heads == 5
@@ -185,10 +192,10 @@ def test_every_flag_is_declared_in_full(config: type):
 def test_flags_that_do_not_change_results():
     """Written out: a wrong declaration would let a run resume with other settings."""
     handling = {
-        "augmented", "cache_root", "data_root", "experiment_root", "export_root", "interactions",
-        "items", "llm_cache_dir", "llm_retrieved_path", "num_workers", "overwrite", "resume",
-        "retriever_path", "reuse", "save_seconds", "search", "search_dropout", "search_jobs",
-        "search_weight_decay", "use_wandb",
+        "augmented", "cache_root", "data_root", "dry_run", "experiment_root", "export_root",
+        "interactions", "items", "llm_cache_dir", "llm_retrieved_path", "num_workers", "overwrite",
+        "resume", "retriever_path", "reuse", "save_seconds", "search", "search_dropout",
+        "search_jobs", "search_weight_decay", "use_tensorboard", "use_wandb",
     }  # fmt: skip
     rounding = {
         "gradient_checkpointing", "lora_micro_batch_size", "test_batch_size", "tokens_per_batch",

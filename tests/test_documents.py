@@ -1,12 +1,25 @@
-"""The documents: links lead somewhere, and pictures are what their scripts draw."""
+"""The documents: links lead somewhere, commands are right, pictures are what scripts draw."""
 
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import cli
+import export_run
+import recommend
+import report
+from config import (
+    AugmentationConfig,
+    RankerConfig,
+    RetrieverConfig,
+    ranker_preset,
+    retriever_preset,
+)
 from tests.helpers import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -30,6 +43,60 @@ def test_links(page: Path):
         target = page.parent / name if name else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+PLACEHOLDERS = {"X": "games", "$seed": "42"}
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Words of the commands that run a script in the shell blocks of a page."""
+    for block in re.findall(
+        r"^```(?:bash)?\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE
+    ):
+        for line in block.replace("\\\n", " ").splitlines():
+            command = line.strip().removeprefix("$ ")
+            if command.startswith("python "):
+                words = shlex.split(command, comments=True)[1:]
+                yield [PLACEHOLDERS.get(word, word) for word in words]
+
+
+# Commands at a given commit, in docs/results, may have flags of that commit.
+COMMANDS = [
+    pytest.param(words, id=f"{page.relative_to(ROOT)}: {' '.join(words)}")
+    for page in PAGES
+    if page.parent.name != "results"
+    for words in commands(page)
+]
+
+
+def parse_as_usual(script: str, flags: list[str]) -> object:
+    """Parse flags as the script does, in a place where no run exists."""
+    if script == "train_retriever.py":
+        return cli.parse(RetrieverConfig, flags, "", preset=retriever_preset, inherit=any_data)
+    if script == "train_ranker.py":
+        return cli.parse(RankerConfig, flags, "", preset=ranker_preset, inherit=any_data)
+    if script == "augment_data.py":
+        return cli.parse(AugmentationConfig, flags, "", inherit=any_data)
+    parsers = {"recommend": recommend.parse, "report": report.parse, "export_run": export_run.parse}
+    return parsers[script.removesuffix(".py")](flags)
+
+
+def any_data(given: dict[str, object]) -> dict[str, object]:
+    """A data set where the script would ask for one or take a retriever's."""
+    return {} if "dataset_code" in given else {"dataset_code": "games"}
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) > 40
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_commands(words: list[str], capsys: pytest.CaptureFixture[str]):
+    if words[0] == "-m":
+        assert (ROOT / words[1].replace(".", "/")).with_suffix(".py").exists()
+        return
+    parse_as_usual(words[0], words[1:])
+    assert not capsys.readouterr().err, "a flag has no effect"
 
 
 def test_the_picture_of_the_two_stages():

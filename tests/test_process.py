@@ -1,6 +1,8 @@
 import os
 import signal
+import sys
 import threading
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -34,15 +36,33 @@ def _default_handlers() -> Iterator[None]:
 
 
 def test_sigterm_raises_like_ctrl_c(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
     set_up()
     with pytest.raises(Terminated):
         signal.raise_signal(signal.SIGTERM)
     assert issubclass(Terminated, KeyboardInterrupt)
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
+    assert os.environ["GOMP_SPINCOUNT"] == "1000"
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.delenv("GOMP_SPINCOUNT")
     set_up()
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"  # the user's choice wins
+    assert "GOMP_SPINCOUNT" not in os.environ
+
+
+def test_warnings_of_libraries_are_hidden(monkeypatch: pytest.MonkeyPatch):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        monkeypatch.setattr(sys, "warnoptions", ["default"])
+        set_up()
+        warnings.warn("soon to change", FutureWarning, stacklevel=1)
+        assert len(caught) == 1  # python -W wins
+        monkeypatch.setattr(sys, "warnoptions", [])
+        set_up()
+        warnings.warn("soon to change", FutureWarning, stacklevel=1)
+        assert len(caught) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -80,14 +80,18 @@ def test_an_earlier_run_is_replaced_on_request(toy_flags: list, tmp_path: Path):
     assert read_json(run / "config.json")["max_steps"] == 2
 
 
-def test_wandb_offline(toy_flags: list, tmp_path: Path):
+def test_charts(toy_flags: list, tmp_path: Path):
+    """Weights & Biases, offline, and TensorBoard."""
+    pytest.importorskip("tensorboard")
     run = tmp_path / "run"
     done = run_script(
         "train_retriever.py", *toy_flags, *FLAGS, "--max_steps", 2, "--export_root", run,
-        "--use_wandb", env={"WANDB_MODE": "offline", "WANDB_API_KEY": "5ec2e7" * 7},
+        "--use_wandb", "--use_tensorboard",
+        env={"WANDB_MODE": "offline", "WANDB_API_KEY": "5ec2e7" * 7},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert list(run.glob("wandb/offline-run-*/*.wandb"))
+    assert b"test_NDCG@10" in b"".join(x.read_bytes() for x in run.glob("tensorboard/event*"))
     files = (path for path in run.rglob("*") if path.is_file())
     assert not [path for path in files if b"5ec2e75ec2e7" in path.read_bytes()]
 

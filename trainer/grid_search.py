@@ -20,9 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from tqdm import tqdm
-
 from errors import InputError
+from progress import ProgressBar
 from storage import atomic_path, read_json, write_json
 from trainer.run_folder import CONFIG, LOG, SEARCH
 
@@ -106,9 +105,7 @@ def run_points(
     waiting = list(points)
     running: list[_Job] = []
     # Finished points count as initial, or the estimate of the remaining time would be too low.
-    bar = tqdm(
-        total=len(points), initial=_progress(points), desc="search", unit="run", dynamic_ncols=True
-    )
+    bar = ProgressBar(total=len(points), initial=_progress(points), desc="search", unit="run")
     try:
         while waiting or running:
             while waiting and len(running) < jobs:

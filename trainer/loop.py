@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import distributed
 from dataloader.sampler import ShuffledBatches
 from distributed import in_main_process
 from errors import UserError
 from process import deferred_signals, raise_interrupt
+from progress import ProgressBar
 from trainer.average import WeightAverage
 from trainer.checkpoint import (
     load_checkpoint,
@@ -170,13 +170,12 @@ class Trainer:
         """
         if resume:
             self._load()
-        bar = tqdm(
+        bar = ProgressBar(
             total=self.total,
             initial=self.progress.step,
             desc="train",
             unit="step",
             disable=self.progress.done,
-            dynamic_ncols=True,
         )
         with bar, self._memory_errors_explained(self.settings.advice.out_of_memory):
             self._train(bar)
@@ -191,7 +190,7 @@ class Trainer:
             step = self.progress.step
             raise UserError(f"the GPU is out of memory after step {step:,}: {advice}") from error
 
-    def _train(self, bar: tqdm) -> None:
+    def _train(self, bar: ProgressBar) -> None:
         batches = self._batches()
         received: list[int] = []
         while not self.progress.done:
@@ -223,7 +222,7 @@ class Trainer:
         self.sampler.seek(self.progress.epoch, self.progress.batch)
         return iter(self.loader)
 
-    def _advance(self, batch: list[MicroBatch], bar: tqdm) -> None:
+    def _advance(self, batch: list[MicroBatch], bar: ProgressBar) -> None:
         """Train on a batch and update the progress."""
         self.recent_users.append([user for part in batch for user in part["users"]])
         self.losses.append(self._step(batch))
@@ -305,7 +304,7 @@ class Trainer:
         due = progress.batch == len(self.loader) if every is None else progress.step % every == 0
         return due or progress.step == self.total
 
-    def _validate(self, bar: tqdm) -> None:
+    def _validate(self, bar: ProgressBar) -> None:
         """Compute the metrics, keep the weights if they are the best, decide whether to stop."""
         self._check_losses()
         self.model.eval()
@@ -331,7 +330,7 @@ class Trainer:
         self.progress = replace(progress, done=stops or progress.step == self.total)
         return improved
 
-    def _record(self, loss: float, metrics: Metrics, bar: tqdm) -> None:
+    def _record(self, loss: float, metrics: Metrics, bar: ProgressBar) -> None:
         progress, metric = self.progress, self.settings.best_metric
         self.log.add(
             {"step": progress.step, "epoch": progress.epoch, "loss": loss}
@@ -342,6 +341,14 @@ class Trainer:
             f"step {progress.step:,}: loss {loss:.4f}, validation {metric} {metrics[metric]:.4f} "
             f"(best {progress.best:.4f} at step {progress.best_step:,})"
         )
+
+    def step_seconds(self, count: int) -> Iterator[float]:
+        """Take the first ``count`` steps of an epoch for their times, and keep no checkpoint."""
+        batches = self._batches()
+        for _ in range(count):
+            start = time.monotonic()
+            self._step(next(batches)).item()  # waits for the GPU
+            yield time.monotonic() - start
 
     @in_main_process
     def _save(self) -> None:

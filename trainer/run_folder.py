@@ -15,6 +15,7 @@ from storage import describe, read_json, remove_temporary_files, temporary_unles
 CONFIG = "config.json"
 CHECKPOINT = "checkpoint.safetensors"
 LOG = "log.jsonl"
+CHARTS = "tensorboard"
 SEARCH = "search.json"
 SEARCH_RUNS = "search"
 FOLDS = "folds"
@@ -76,7 +77,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove the files of an earlier run, so that the folder never mixes two runs."""
-        for name in (CHECKPOINT, LOG, SEARCH, SEARCH_RUNS, FOLDS, *self.outputs):
+        for name in (CHECKPOINT, LOG, CHARTS, SEARCH, SEARCH_RUNS, FOLDS, *self.outputs):
             path = self.path / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 

@@ -3,23 +3,57 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from distributed import in_main_process
 from storage import atomic_path, reading
 
 
+class Tracker(Protocol):
+    """Draws charts of what is logged; runs of ``wandb`` are trackers."""
+
+    def log(self, data: dict[str, Any], step: int) -> None:
+        """Add values by name to the charts."""
+
+    def finish(self) -> None:
+        """Write what is left."""
+
+
+class TensorBoard:
+    """Charts for TensorBoard.
+
+    Args:
+        folder: folder of the event files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder))
+
+    def log(self, data: dict[str, Any], step: int) -> None:
+        """See ``Tracker``."""
+        for name, value in data.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def finish(self) -> None:
+        """See ``Tracker``."""
+        self.writer.close()
+
+
 class RunLog:
-    """Records in ``log.jsonl`` and, if requested, on Weights & Biases.
+    """Records in ``log.jsonl`` and, if requested, in charts.
 
     Args:
         path: the file; it is rewritten as a whole, so that it never ends in half a line.
-        tracker: a ``wandb`` run, or None.
+        trackers: receive every record.
     """
 
-    def __init__(self, path: Path, tracker: Any | None = None) -> None:
-        self.path, self.tracker = path, tracker
+    def __init__(self, path: Path, trackers: Sequence[Tracker] = ()) -> None:
+        self.path, self.trackers = path, trackers
         self.records: list[dict[str, Any]] = []
 
     def load(self, last_step: int) -> None:
@@ -39,5 +73,12 @@ class RunLog:
         self.records.append(record)
         with atomic_path(self.path) as temporary:
             temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records))
-        if self.tracker:
-            self.tracker.log(record, step=record["step"])
+        for tracker in self.trackers:
+            tracker.log(record, step=record["step"])
+
+    def close(self, summary: Mapping[str, float]) -> None:
+        """Add the results of the finished run to the charts, at the last step."""
+        step = self.records[-1]["step"] if self.records else 0
+        for tracker in self.trackers:
+            tracker.log(dict(summary), step=step)
+            tracker.finish()

@@ -108,7 +108,7 @@ def test_open_run_clears_the_folder_and_writes_the_settings(run: RunFolder):
         "metric_ks": [5, 10], "search_dropout": list(config.search_dropout),
         "search_weight_decay": list(config.search_weight_decay),
     }  # fmt: skip
-    assert log.path == run.path / "log.jsonl" and log.tracker is None
+    assert log.path == run.path / "log.jsonl" and not log.trackers
 
 
 def test_open_run_keeps_the_files_of_a_resumed_run(run: RunFolder):
@@ -138,20 +138,10 @@ def test_open_run_replaces_a_run_that_is_overwritten(run: RunFolder):
 
 
 def test_close_run(run: RunFolder):
-    class Tracker:
-        summary: dict[str, float] = {}  # noqa: RUF012
-        finished = False
-
-        def finish(self) -> None:
-            self.finished = True
-
     log = open_run(run, retriever(), {}, resumed=True)
-    log.tracker = tracker = Tracker()
     close_run(run, log, {"test_NDCG@10": 0.5})
     assert not run.checkpoint.exists() and (run.path / "weights").exists()
-    assert tracker.summary == {"test_NDCG@10": 0.5} and tracker.finished
-    log.tracker = None
-    close_run(run, log, {})  # without a checkpoint or tracking
+    close_run(run, log, {})  # without a checkpoint
 
 
 # Table ------------------------------------------------------------------------------------------

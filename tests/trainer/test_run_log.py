@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from errors import InputError
-from trainer.run_log import RunLog
+from trainer.run_log import RunLog, TensorBoard
 
 
 @pytest.fixture()
@@ -58,9 +58,49 @@ def test_records_are_tracked(path: Path):
         def __init__(self) -> None:
             self.logged: list[tuple[dict[str, Any], int]] = []
 
-        def log(self, record: dict[str, Any], step: int) -> None:
-            self.logged.append((record, step))
+        def log(self, data: dict[str, Any], step: int) -> None:
+            self.logged.append((data, step))
 
-    tracker = Tracker()
-    RunLog(path, tracker).add({"step": 10, "loss": 0.5})
-    assert tracker.logged == [({"step": 10, "loss": 0.5}, 10)]
+        def finish(self) -> None:
+            self.logged.append(({}, -1))
+
+    trackers = [Tracker(), Tracker()]
+    log = RunLog(path, trackers)
+    log.add({"step": 10, "loss": 0.5})
+    log.close({"test_NDCG@10": 0.25})
+    for tracker in trackers:
+        assert tracker.logged == [
+            ({"step": 10, "loss": 0.5}, 10), ({"test_NDCG@10": 0.25}, 10), ({}, -1),
+        ]  # fmt: skip
+
+
+def test_nothing_was_trained(path: Path):
+    """A run of the augmentation that reuses an earlier adapter has a summary and no records."""
+    pytest.importorskip("tensorboard")
+    charts = TensorBoard(path.parent / "charts")
+    RunLog(path, [charts]).close({"kept": 3})
+    assert scalars(path.parent / "charts") == {"kept": [(0, 3.0)]}
+
+
+def test_tensorboard(path: Path):
+    pytest.importorskip("tensorboard")
+    folder = path.parent / "charts"
+    log = RunLog(path, [TensorBoard(folder)])
+    log.add({"step": 10, "loss": 0.5})
+    log = RunLog(path, [TensorBoard(folder)])  # the run is resumed
+    log.load(last_step=10)
+    log.add({"step": 20, "loss": 0.25})
+    log.close({"test_NDCG@10": 0.125})
+    assert scalars(folder) == {
+        "step": [(10, 10.0), (20, 20.0)], "loss": [(10, 0.5), (20, 0.25)],
+        "test_NDCG@10": [(20, 0.125)],
+    }  # fmt: skip
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Steps and values by name, as TensorBoard reads them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    charts = EventAccumulator(str(folder)).Reload()
+    names = charts.Tags()["scalars"]
+    return {name: [(x.step, x.value) for x in charts.Scalars(name)] for name in names}
