@@ -24,6 +24,7 @@ from model.cpu_attention import speed_up_on_cpu
 from model.cpu_norm import speed_up_norms
 from model.layers import Dropout
 from model.lora import compute_in_input_dtype
+from model.packing import pack_prompts
 from storage import atomic_folder, describe, reading
 
 OWN = "prior_weights.safetensors"
@@ -74,6 +75,8 @@ def load_causal_lm(
         raise ArgumentError("folder", folder, f"cannot be loaded ({describe(error)})") from error
     _keep_differentiable(model)
     _make_head_inputs_contiguous(model)
+    if device.type == "cuda":
+        pack_prompts(model)
     speed_up_on_cpu(model)
     speed_up_norms(model)
     if fused_kernels:

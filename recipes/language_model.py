@@ -37,6 +37,7 @@ class LanguageModel(NamedTuple):
         device: ``cpu`` or ``cuda``.
         in_4bit: whether the frozen weights are quantized to NF4.
         max_tokens: most tokens per micro-batch in training.
+        packs: whether prompts reach the model without padding, once it is loaded.
     """
 
     base: BaseModel
@@ -47,6 +48,7 @@ class LanguageModel(NamedTuple):
     device: str
     in_4bit: bool
     max_tokens: int
+    packs: bool = False
 
     @property
     def paged(self) -> bool:

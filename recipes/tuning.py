@@ -16,6 +16,7 @@ from model.language_model import (
     plan_activations,
     recompute_activations,
 )
+from model.packing import packs
 from recipes.language_model import LanguageModel
 from recipes.runs import FROM_SCRATCH
 from trainer.loop import Advice
@@ -71,7 +72,7 @@ def fit_memory(
         config: all settings.
 
     Returns:
-        The description with the tokens per micro-batch that fit.
+        The description with the tokens per micro-batch that fit, and whether prompts are packed.
     """
     max_tokens, recompute = language_model.max_tokens, config.gradient_checkpointing == "true"
     if config.gradient_checkpointing == "auto":
@@ -80,7 +81,7 @@ def fit_memory(
         max_tokens, recompute = plan_activations(model, max_tokens, least)
     if recompute:
         recompute_activations(model)
-    return language_model._replace(max_tokens=max_tokens)
+    return language_model._replace(max_tokens=max_tokens, packs=packs(model.get_base_model()))
 
 
 def batch_limits(config: LanguageModelConfig, language_model: LanguageModel) -> BatchLimits:
@@ -89,6 +90,7 @@ def batch_limits(config: LanguageModelConfig, language_model: LanguageModel) -> 
         max_rows=config.lora_micro_batch_size or config.train_batch_size,
         max_tokens=language_model.max_tokens,
         fixed_tokens=FIXED_TOKENS[language_model.device],
+        packed=language_model.packs,
     )
 
 
