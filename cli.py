@@ -17,7 +17,7 @@ from config import (
     CommonConfig,
 )
 from errors import ArgumentError, UserError
-from flags import boolean, flags_of
+from flags import boolean, boolean_or_auto, flags_of
 
 ConfigT = TypeVar("ConfigT", bound=CommonConfig)
 Settings = dict[str, Any]
@@ -108,8 +108,9 @@ def _add_flag(parser: Any, name: str, spec: Field) -> argparse.Action:
     options: Settings = {"nargs": "+"} if meta.get("many") else {}
     if "choices" in meta:
         options["choices"] = meta["choices"]
-    elif meta["type"] is boolean:
-        options |= {"nargs": "?", "const": True, "metavar": "true|false"}
+    elif meta["type"] in (boolean, boolean_or_auto):
+        words = "true|false" if meta["type"] is boolean else "auto|true|false"
+        options |= {"nargs": "?", "const": True, "metavar": words}
     else:
         options["metavar"] = name.rsplit("_", 1)[-1].upper()
     return parser.add_argument(

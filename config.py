@@ -17,6 +17,7 @@ from flags import (
     any_number,
     at_least_two,
     boolean,
+    boolean_or_auto,
     count,
     fraction,
     handling_flag,
@@ -281,8 +282,11 @@ class LanguageModelConfig(CommonConfig):
         "recompute activations to save memory; auto: only if they would not fit",
         choices=("auto", "true", "false"),
     )
-    use_liger_kernel: bool = result_flag(
-        False, "fused kernels of the package liger-kernel, if installed; CUDA only", boolean
+    use_liger_kernel: bool | None = result_flag(
+        None,
+        "fused kernels of the package liger-kernel; auto, the default: on CUDA, if it is installed "
+        "and supports the model",
+        boolean_or_auto,
     )
     tokens_per_batch: int | None = rounding_flag(
         None,

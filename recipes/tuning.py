@@ -45,7 +45,7 @@ def load_with_adapters(
             language_model.base.folder,
             device=accelerator.device,
             in_4bit=language_model.in_4bit,
-            fused_kernels=config.use_liger_kernel,
+            fused_kernels=language_model.fused_kernels,
         )
         model = add_lora(
             causal_lm,
