@@ -13,6 +13,7 @@ from config import (
     ALL_CONFIGS,
     DATASET_CODES,
     DATASET_KEYS,
+    IGNORED_FLAGS,
     UNUSED_FLAGS,
     CommonConfig,
 )
@@ -74,13 +75,13 @@ def parse(
     given = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in words.items()
-        if name not in foreign
+        if name not in foreign and name not in IGNORED_FLAGS
     }
     given = inherit(given) | given
     if given.get("dataset_code") is None:
         given["dataset_code"] = _ask_for_dataset()
     settings = config(**{**preset(given), **given})
-    _note_unused(words, {*foreign, *_unused_flags(settings)})
+    _note_unused(words, {*foreign, *IGNORED_FLAGS, *_unused_flags(settings)})
     return settings
 
 
@@ -99,6 +100,8 @@ def _parser(own: dict[str, Field], foreign: dict[str, Field], description: str |
         _add_flag(general if name in common else special, name, spec)
     for name, spec in foreign.items():
         _add_flag(parser, name, spec).help = argparse.SUPPRESS
+    for name in IGNORED_FLAGS:
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 
 

@@ -10,6 +10,7 @@ from config import (
     ALL_CONFIGS,
     DATASET_CODES,
     IMMATERIAL_FLAGS,
+    LATER_FLAGS,
     MODEL_CODES,
     AugmentationConfig,
     RankerConfig,
@@ -141,6 +142,12 @@ def test_refused_by_one_script(config: type, settings: dict, message: str):
 @pytest.mark.parametrize("model", ["lru", "narm"])
 def test_heads_do_not_matter_to_recurrent_models(model: str):
     assert RetrieverConfig(dataset_code="games", model_code=model, num_heads=5).num_heads == 5
+
+
+def test_later_flags_leave_earlier_runs_their_fingerprint():
+    settings = retriever(dataset_code="games").as_dict()
+    assert settings["negatives"] is None and not {*LATER_FLAGS} & settings.keys()
+    assert retriever(dataset_code="games", gamma=0.5).as_dict() == settings | {"gamma": 0.5}
 
 
 # What a flag affects ----------------------------------------------------------------------------
