@@ -12,6 +12,7 @@ from dataloader.prompt_batches import BatchLimits
 from errors import flag_names
 from model.language_model import (
     add_lora,
+    dequantize,
     load_causal_lm,
     plan_activations,
     recompute_activations,
@@ -47,6 +48,8 @@ def load_with_adapters(
             in_4bit=language_model.in_4bit,
             fused_kernels=language_model.fused_kernels,
         )
+        if language_model.in_4bit and config.llm_dequantize:
+            dequantize(causal_lm)
         model = add_lora(
             causal_lm,
             rank=config.lora_r,
