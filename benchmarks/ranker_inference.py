@@ -51,7 +51,7 @@ from benchmarks.language_models import (
 from dataloader.prompt_batches import pad_left
 from dataloader.title_batches import PADDING_BRANCH, branch_batch
 from dataloader.title_prompt import TitlePrompts
-from model.language_model import load_causal_lm
+from model.language_model import dequantize, load_causal_lm
 from model.title_likelihood import title_scores
 from model.verbalizer import candidate_scores
 from storage import atomic_path
@@ -193,6 +193,8 @@ def measure_all(flags: Namespace) -> Iterator[Row]:
     for name in flags.models:
         setup = prepare(name, device, flags.cache_root, flags.tokenizer)
         model = load_causal_lm(setup.folder, device=device, in_4bit=setup.in_4bit).eval()
+        if setup.in_4bit and flags.dequantize:
+            dequantize(model)
         for title_tokens in flags.title_tokens:
             yield measure(setup, model, title_tokens, flags)
         del model  # before the next one is loaded
@@ -233,6 +235,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--users", type=int, default=3, help="users per row (default: 3)")
     parser.add_argument(
         "--batch_sizes", nargs="*", type=int, default=[16, 64], help="users per batch of scoring"
+    )
+    parser.add_argument(
+        "--dequantize", action="store_true", help="compute the values of NF4 weights once"
     )
     parser.add_argument("--figure", default="experiments/ranker_inference.png", help="PNG to write")
     flags = parser.parse_args(argv)

@@ -76,7 +76,7 @@ from model.language_model import (
 )
 from model.packing import packs
 from model.verbalizer import response_loss
-from recipes.tuning import FIXED_TOKENS
+from recipes.tuning import FIXED_TOKENS, LEAST_TOKENS
 from trainer.optimization import build_optimizer
 
 PUBLISHED, OURS, LIGER = "published", "ours", "liger"
@@ -127,10 +127,20 @@ def build_model(work: Work, recipe: str) -> PeftModel:
     if recipe == PUBLISHED:
         use_stock_modules(model)
         keep_in_float32(model)
-    max_tokens = work.setup.max_tokens
-    if recipe == PUBLISHED or plan_activations(model, max_tokens, max_tokens)[1]:
-        recompute_activations(model)
     return model
+
+
+def fit_memory(model: PeftModel, work: Work, recipe: str) -> int:
+    """Recompute activations where a recipe does; returns the most tokens in a micro-batch."""
+    tokens, recompute = work.setup.max_tokens, recipe == PUBLISHED
+    if recipe != PUBLISHED:
+        least = tokens
+        if work.device.type == "cuda":  # as in recipes.tuning
+            least = max(LEAST_TOKENS, work.config.llm_max_text_len)
+        tokens, recompute = plan_activations(model, tokens, least)
+    if recompute:
+        recompute_activations(model)
+    return tokens
 
 
 def keep_in_float32(model: PeftModel) -> None:
@@ -158,6 +168,7 @@ class Training(ABC):
         self.recipe, self.device, self.eos_id = recipe, work.device, work.setup.eos_id
         torch.manual_seed(0)
         self.model = model or build_model(work, recipe)
+        self.max_tokens = fit_memory(self.model, work, recipe)
         self.prepare(work)
         self.model.train()
         config = work.config
@@ -175,7 +186,7 @@ class Training(ABC):
         """How large micro-batches get."""
         return BatchLimits(
             work.batch_size,
-            work.setup.max_tokens,
+            self.max_tokens,
             FIXED_TOKENS[work.device.type],
             packs(self.model.get_base_model()),
         )

@@ -2,10 +2,11 @@
 
 For each verbalizer and data set: a step as ``train_ranker.py`` takes it (``default``), and with one
 part taken away or added: activations recomputed, prompts padded instead of packed (CUDA alone),
-adapters as PEFT computes them, Liger's kernels (last, as they cannot be removed). A row has the
-median time of a step, its tokens per second, ``floor_share`` as in ``benchmarks.ranker_train``, and
-the peak memory beside what was predicted from a short prompt. A variant that fails leaves its error
-and does not stop the others. Each row is printed on stderr once it is measured.
+adapters as PEFT computes them. Last, as they cannot be removed, come Liger's kernels and NF4 values
+computed once, on top of each other. A row has the median time of a step, its tokens per second,
+``floor_share`` as in ``benchmarks.ranker_train``, and the peak memory beside what was predicted
+from a short prompt. A variant that fails leaves its error and does not stop the others. Each row is
+printed on stderr once it is measured.
 
 Example:
     python -m benchmarks.ranker_variants --device cuda --models llama-2-7b \\
@@ -44,6 +45,7 @@ from benchmarks.ranker_train import EXAMPLES, OURS, TRAININGS, Training, Work
 from model.language_model import (
     activation_bytes_per_token,
     add_lora,
+    dequantize,
     load_causal_lm,
     recompute_activations,
     use_fused_kernels,
@@ -100,6 +102,13 @@ def fused(model: PeftModel) -> Iterator[None]:
     """Use Liger's kernels from now on."""
     causal_lm: Any = model.get_base_model()
     use_fused_kernels(causal_lm)
+    yield
+
+
+@contextmanager
+def dequantized(model: PeftModel) -> Iterator[None]:
+    """Keep the values of NF4 weights from now on."""
+    dequantize(model)
     yield
 
 
@@ -189,13 +198,16 @@ def add_adapters(causal_lm: Any, work: Work) -> PeftModel:
 
 
 def measure_variants(
-    causal_lm: Any, work: Work, flags: argparse.Namespace, floor_s: float, *, with_liger: bool
+    causal_lm: Any,
+    work: Work,
+    flags: argparse.Namespace,
+    floor_s: float,
+    lasting: dict[str, Variant],
 ) -> Iterator[Row]:
-    """Measure the removable variants, or Liger's kernels; then remove the adapters."""
+    """Measure the lasting variants, else all removable ones; then remove the adapters."""
     model = add_adapters(causal_lm, work)
     steps = Steps(work, model, flags.steps)
-    chosen = {"liger": fused} if with_liger else removable(model, work.verbalizer)
-    for name, apply in chosen.items():
+    for name, apply in (lasting or removable(model, work.verbalizer)).items():
         row = {
             "model": work.setup.name, "verbalizer": work.verbalizer, "dataset": work.data.code,
             "variant": name,
@@ -213,20 +225,22 @@ def measure_variants(
 
 
 def measure_all(flags: argparse.Namespace) -> Iterator[Row]:
-    """Measure each model; Liger's kernels come last, as they stay."""
+    """Measure each model; what cannot be removed comes last."""
     device = torch.device(flags.device)
-    passes = [False]
-    if device.type == "cuda" and find_spec("liger_kernel") is not None:
-        passes.append(True)
     rate = matmul_rate(device)
     yield {"matmul_tflops": round(rate / 1e12, 3)}
     for name in flags.models:
         setup = prepare(name, device, flags.cache_root, flags.tokenizer)
         causal_lm = load_causal_lm(setup.folder, device=device, in_4bit=setup.in_4bit)
         floor_s = 4 * setup.num_parameters / rate
-        for with_liger, verbalizer, code in product(passes, flags.verbalizers, flags.datasets):
+        passes: list[dict[str, Variant]] = [{}]
+        if device.type == "cuda" and find_spec("liger_kernel") is not None:
+            passes.append({"liger": fused})
+        if setup.in_4bit:
+            passes.append({"dequantized": dequantized})
+        for lasting, verbalizer, code in product(passes, flags.verbalizers, flags.datasets):
             work = Work(setup, verbalizer, load_data(code, flags), flags.batch_size, device)
-            yield from measure_variants(causal_lm, work, flags, floor_s, with_liger=with_liger)
+            yield from measure_variants(causal_lm, work, flags, floor_s, lasting)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

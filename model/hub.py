@@ -256,8 +256,9 @@ def cached_content_hash(folder: Path, cache_root: Path) -> str:
         if cached["files"] == stamps:
             return str(cached["sha256"])
     value = content_hash(folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"folder": str(folder.resolve()), "files": stamps, "sha256": value})
+    with suppress(UserError, OSError):  # a cache that cannot be written costs time alone
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"folder": str(folder.resolve()), "files": stamps, "sha256": value})
     return value
 
 

@@ -113,7 +113,7 @@ def dequantize(model: nn.Module) -> None:
         setattr(parent, name, plain)
 
 
-def dequantize_for_scoring(model: PeftModel) -> None:
+def dequantize_for_inference(model: PeftModel) -> None:
     """``dequantize`` a model on CUDA that is no longer trained, if it leaves half of the memory."""
     needed = sum(
         layer.in_features * layer.out_features * layer.compute_dtype.itemsize

@@ -94,7 +94,8 @@ def attention(
     alone = sdpa_attention_forward if query.is_cuda else block_backward_attention
     if prompts is None:
         return alone(module, query, key, value, attention_mask, **options)
-    if varlen_works(query.device, query.dtype, query.shape[-1]):
+    has_dropout = options.get("dropout", 0.0) > 0
+    if not has_dropout and varlen_works(query.device, query.dtype, query.shape[-1]):
         repeats = query.shape[1] // key.shape[1]
         key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
         return varlen(query, key, value, prompts, options["scaling"]), None

@@ -17,7 +17,7 @@ from errors import advice
 from evaluation.fusion import RETRIEVER, Fusion
 from evaluation.reranking import retriever_log_probabilities
 from flags import flags_of, reread
-from model.language_model import dequantize_for_scoring, load_adapter
+from model.language_model import dequantize_for_inference, load_adapter
 from recipes.fit_ranker import ADAPTER, FUSION, load_model
 from recipes.language_model import LanguageModel, find_language_model
 from recipes.prompts import build_prompts
@@ -97,7 +97,7 @@ class Ranker:
         self.model = load_model(language_model, config, accelerator)
         with advice("run train_ranker.py again"):
             load_adapter(self.model, run_dir / ADAPTER)
-        dequantize_for_scoring(self.model)
+        dequantize_for_inference(self.model)
         with reading(run_dir / FUSION):
             self.fusion = Fusion(read_json(run_dir / FUSION)["weights"]["fused"])
         self.verbalizer = build_verbalizer(config, data, {}, language_model, self.device, prompts)

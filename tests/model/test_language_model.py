@@ -20,7 +20,7 @@ from model.language_model import (
     base_causal_lm,
     computing_dtype,
     dequantize,
-    dequantize_for_scoring,
+    dequantize_for_inference,
     load_adapter,
     load_causal_lm,
     plan_activations,
@@ -137,19 +137,19 @@ def test_dequantized_values_are_identical(
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
-def test_dequantized_for_scoring_if_memory_allows(
+def test_dequantized_for_inference_if_memory_allows(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ):
     done = []
     monkeypatch.setattr("model.language_model.dequantize", done.append)
     model, plain = adapted(tiny_llama, in_4bit=True), adapted(tiny_llama)
-    dequantize_for_scoring(model)  # on the CPU, where resumed runs end in the same bytes
+    dequantize_for_inference(model)  # on the CPU, where resumed runs end in the same bytes
     monkeypatch.setattr(PeftModel, "device", torch.device("cuda"), raising=False)
     needed = 2 * 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
     for free, count in ((2 * needed, 0), (2 * needed + 1, 1)):
         monkeypatch.setattr("model.language_model.free_bytes", lambda _, free=free: free)
-        dequantize_for_scoring(model)
-        dequantize_for_scoring(plain)
+        dequantize_for_inference(model)
+        dequantize_for_inference(plain)
         assert done == [model] * count
 
 
