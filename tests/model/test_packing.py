@@ -156,7 +156,9 @@ def test_variable_length_attention(tiny_llama: Path, monkeypatch: pytest.MonkeyP
     assert_equal(results(model, batch_of(make_texts())), expected)
 
 
-def test_variable_length_attention_is_tried(monkeypatch: pytest.MonkeyPatch):
+def test_variable_length_attention_is_tried(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     difference = packing._difference
     cpu = torch.device("cpu")
     monkeypatch.setattr(packing, "varlen_attn", stand_in)
@@ -176,6 +178,10 @@ def test_variable_length_attention_is_tried(monkeypatch: pytest.MonkeyPatch):
     state = torch.get_rng_state()
     assert not packing.varlen_works(cuda, torch.bfloat16, 16)
     assert torch.equal(torch.get_rng_state(), state)
+    assert "does not work: not built with flash attention" in capsys.readouterr().out
+    monkeypatch.setattr(packing, "_difference", lambda *_: 0.5)
+    assert not packing.varlen_works(cuda, torch.bfloat16, 24)
+    assert "differ by 50%" in capsys.readouterr().out
     monkeypatch.setattr(packing, "_difference", lambda *_: 0.01)
     assert packing.varlen_works(cuda, torch.bfloat16, 8)
     assert not packing.varlen_works(cuda, torch.float32, 8)
