@@ -35,6 +35,7 @@ results=$OUT/results.jsonl
 deadline=$(($(date +%s) + seconds))
 failed=0
 export PYTHONUNBUFFERED=1 TEST_DEVICE="$DEVICE" HF_HUB_OFFLINE=1
+export PYTORCH_ALLOC_CONF=expandable_segments:True # as the scripts set it
 
 where="--data_root $KIT/data --cache_root $CACHE_ROOT --device $DEVICE"
 models="--models llama-2-7b --tokenizer $KIT/tokenizer"
