@@ -21,7 +21,7 @@ class BatchLimits(NamedTuple):
 
     Attributes:
         max_rows: maximum number of sequences in a micro-batch.
-        max_tokens: maximum number of tokens in a micro-batch, with padding, or None; a sequence
+        max_tokens: maximum number of tokens in a micro-batch, padding included, or None; a sequence
             that is longer forms a micro-batch of its own.
         fixed_tokens: what a micro-batch costs besides its tokens, in tokens. It is the padding that
             a further micro-batch must save.
