@@ -13,12 +13,13 @@ from config import (
     ALL_CONFIGS,
     DATASET_CODES,
     DATASET_KEYS,
+    IGNORED_FLAGS,
     UNUSED_FLAGS,
     CommonConfig,
 )
 from distributed import is_main, joined, rank, size
 from errors import ArgumentError, UserError
-from flags import boolean, flags_of
+from flags import boolean, boolean_or_auto, flags_of
 
 ConfigT = TypeVar("ConfigT", bound=CommonConfig)
 Settings = dict[str, Any]
@@ -75,13 +76,13 @@ def parse(
     given = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in words.items()
-        if name not in foreign
+        if name not in foreign and name not in IGNORED_FLAGS
     }
     given = inherit(given) | given
     if given.get("dataset_code") is None:
         given["dataset_code"] = _ask_for_dataset()
     settings = config(**{**preset(given), **given})
-    _note_unused(words, {*foreign, *_unused_flags(settings)})
+    _note_unused(words, {*foreign, *IGNORED_FLAGS, *_unused_flags(settings)})
     return settings
 
 
@@ -100,6 +101,8 @@ def _parser(own: dict[str, Field], foreign: dict[str, Field], description: str |
         _add_flag(general if name in common else special, name, spec)
     for name, spec in foreign.items():
         _add_flag(parser, name, spec).help = argparse.SUPPRESS
+    for name in IGNORED_FLAGS:
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 
 
@@ -109,8 +112,9 @@ def _add_flag(parser: Any, name: str, spec: Field) -> argparse.Action:
     options: Settings = {"nargs": "+"} if meta.get("many") else {}
     if "choices" in meta:
         options["choices"] = meta["choices"]
-    elif meta["type"] is boolean:
-        options |= {"nargs": "?", "const": True, "metavar": "true|false"}
+    elif meta["type"] in (boolean, boolean_or_auto):
+        words = "true|false" if meta["type"] is boolean else "auto|true|false"
+        options |= {"nargs": "?", "const": True, "metavar": words}
     else:
         options["metavar"] = name.rsplit("_", 1)[-1].upper()
     return parser.add_argument(

@@ -18,6 +18,7 @@ from flags import (
     any_number,
     at_least_two,
     boolean,
+    boolean_or_auto,
     count,
     fraction,
     handling_flag,
@@ -37,6 +38,10 @@ DATASET_CODES = ("ml-100k", "beauty", "games", "ml-100k-classic", "custom")
 DATASET_KEYS = {"1": "ml-100k", "b": "beauty", "g": "games"}  # at the prompt
 MODEL_CODES = ("lru", "sas", "bert", "narm")
 UNUSED_FLAGS = {  # by the value of another flag
+    ("optimizer", "AdamW"): ("momentum",),
+    ("optimizer", "Adam"): ("momentum",),
+    ("enable_lr_schedule", False): ("decay_step", "gamma"),
+    ("enable_lr_warmup", True): ("decay_step", "gamma"),
     ("model_code", "lru"): ("num_heads", "mask_prob"),
     ("model_code", "sas"): ("mask_prob",),
     ("model_code", "narm"): ("num_heads", "mask_prob"),
@@ -51,6 +56,12 @@ DATA_FLAGS = (  # what selects the data set; later stages take it over from a ru
     "dataset_code", "data_root", "cache_root", "interactions", "items",
     "min_rating", "min_uc", "min_sc", "ties",
 )  # fmt: skip
+# Flags of the published code without an effect here: its retrievers rank the whole catalogue, and
+# attention heads share the width.
+IGNORED_FLAGS = ("negative_sample_size", "bert_head_size")
+# These are left out of config.json and of the fingerprint where they are not given, so that runs
+# of earlier commits keep theirs.
+LATER_FLAGS = ("momentum", "decay_step", "gamma")
 MAX_BATCH = 65_536
 LOG_LIKELIHOOD = "log_likelihood"  # a value of --rerank_best_metric
 TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 1024}  # default of --tokens_per_batch
@@ -116,7 +127,8 @@ class CommonConfig:
     val_batch_size: int = rounding_flag(64, "users per batch in validation", up_to(MAX_BATCH))
     test_batch_size: int = rounding_flag(64, "users per batch in the test", up_to(MAX_BATCH))
     max_steps: int | None = result_flag(None, "stop after this many optimizer steps", positive)
-    optimizer: str = result_flag("AdamW", "optimizer", choices=("AdamW", "Adam"))
+    optimizer: str = result_flag("AdamW", "optimizer", choices=("AdamW", "Adam", "SGD"))
+    momentum: float | None = result_flag(None, "momentum of SGD; 0 if absent", probability)
     weight_decay: float = result_flag(
         0.01, "weight decay; biases and norms are exempt", nonnegative
     )
@@ -128,6 +140,13 @@ class CommonConfig:
     lr_decay: str = result_flag(
         "linear", "shape of the decay over all steps", choices=("linear", "cosine")
     )
+    decay_step: int | None = result_flag(
+        None,
+        "multiply the learning rate by --gamma after every so many steps, in place of --lr_decay, "
+        "if the schedule is enabled and the warm-up is not",
+        positive,
+    )
+    gamma: float | None = result_flag(None, "factor of --decay_step; 1 if absent", nonnegative)
     enable_lr_warmup: bool = result_flag(False, "warm up the learning rate", boolean)
     warmup_steps: int = result_flag(100, "length of the warm-up in optimizer steps", count)
     ema_decay: float = result_flag(
@@ -158,7 +177,12 @@ class CommonConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """All settings as plain values, for ``config.json``."""
-        return asdict(self)
+        settings = asdict(self)
+        return {
+            name: value
+            for name, value in settings.items()
+            if value is not None or name not in LATER_FLAGS
+        }
 
     def _run_dir(self, name: str, data_code: str) -> Path:
         """``--export_root`` if given, else ``<experiment root>/<name>/<data set>``."""
@@ -287,13 +311,21 @@ class LanguageModelConfig(CommonConfig):
     llm_load_in_4bit: bool | None = result_flag(
         None, "quantize the frozen weights to NF4; true with CUDA, else false", boolean
     )
+    llm_dequantize: bool = rounding_flag(
+        False,
+        "with NF4, train on its values in bfloat16, computed once: faster, but 13 GB for 7B",
+        boolean,
+    )
     gradient_checkpointing: str = rounding_flag(
         "auto",
         "recompute activations to save memory; auto: only if they would not fit",
         choices=("auto", "true", "false"),
     )
-    use_liger_kernel: bool = result_flag(
-        False, "fused kernels of the package liger-kernel, if installed; CUDA only", boolean
+    use_liger_kernel: bool | None = result_flag(
+        None,
+        "fused kernels of the package liger-kernel; auto, the default: on CUDA, if it is installed "
+        "and supports the model",
+        boolean_or_auto,
     )
     tokens_per_batch: int | None = rounding_flag(
         None,

@@ -31,6 +31,11 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
 
 
+def boolean_or_auto(text: str) -> bool | None:
+    """Read ``true``, ``false``, or ``auto`` as None."""
+    return None if text.lower() == "auto" else boolean(text)
+
+
 def number(kind: type, lowest: float, highest: float, *, below: bool = False) -> Reader:
     """Build a reader of numbers within bounds.
 

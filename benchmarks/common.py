@@ -99,6 +99,14 @@ def alternating_medians(
     return [statistics.median(own_times[1:]) for own_times in times]
 
 
+def matmul_rate(device: torch.device) -> float:
+    """Measure the FLOP/s of a large bfloat16 matrix product."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    times = [seconds(lambda: a @ b, device) for _ in range(12)]
+    return 2 * size**3 / statistics.median(times[2:])
+
+
 def update(model: nn.Module, optimizer: Optimizer, max_grad_norm: float) -> None:
     """Clip the gradients, take an optimizer step and reset the gradients."""
     nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
@@ -133,7 +141,7 @@ def report(benchmark: str, device: str, rows: Iterable[Row], **settings: object)
     """
     measured = []
     for row in rows:
-        print(row, file=sys.stderr, flush=True)
+        print(json.dumps(row), file=sys.stderr, flush=True)
         measured.append(row)
     result = {"benchmark": benchmark, "device": device} | settings | {"rows": measured}
     print(json.dumps(result))

@@ -1,11 +1,12 @@
 """Training of the ranker: ours against the published recipe, on the same prompts.
 
 The published recipe tokenizes every prompt as text, pads a batch to its longest prompt, computes
-the logits of all positions, recomputes activations in the backward pass and has its adapters
-compute in float32. Ours concatenates cached title tokens, splits the batch where that saves
-padding, computes logits only where the loss needs them, recomputes activations only if memory
-demands it, and on the CPU has attention, norms and adapters of its own. For titles, which have not
-been published, the published recipe trains on the same histories as plain text.
+the logits of all positions and recomputes activations in the backward pass. Its embeddings, norms
+and output layer are in float32, and it trains under autocast to bfloat16. Ours concatenates cached
+title tokens, computes logits only where the loss needs them, recomputes activations only if memory
+demands it and has adapters of its own. On CUDA it packs prompts; on the CPU it splits the batch
+where that saves padding and has attention and norms of its own. For titles, which have not been
+published, the published recipe trains on the same histories as plain text.
 
 Both alternate with one optimizer step each; times are medians. ``floor_share`` is the time of the
 arithmetic alone (4 x parameters x tokens of the prompts, at the rate of a large bfloat16 matrix
@@ -45,9 +46,9 @@ from benchmarks.common import (
     alternating_medians,
     load_data,
     make_parser,
+    matmul_rate,
     report,
     run,
-    seconds,
     update,
     use_stock_modules,
 )
@@ -73,7 +74,9 @@ from model.language_model import (
     plan_activations,
     recompute_activations,
 )
+from model.packing import packs
 from model.verbalizer import response_loss
+from recipes.tuning import FIXED_TOKENS, LEAST_TOKENS
 from trainer.optimization import build_optimizer
 
 PUBLISHED, OURS, LIGER = "published", "ours", "liger"
@@ -123,10 +126,28 @@ def build_model(work: Work, recipe: str) -> PeftModel:
     )
     if recipe == PUBLISHED:
         use_stock_modules(model)
-    max_tokens = work.setup.max_tokens
-    if recipe == PUBLISHED or plan_activations(model, max_tokens, max_tokens)[1]:
-        recompute_activations(model)
+        keep_in_float32(model)
     return model
+
+
+def fit_memory(model: PeftModel, work: Work, recipe: str) -> int:
+    """Recompute activations where a recipe does; returns the most tokens in a micro-batch."""
+    tokens, recompute = work.setup.max_tokens, recipe == PUBLISHED
+    if recipe != PUBLISHED:
+        least = tokens
+        if work.device.type == "cuda":  # as in recipes.tuning
+            least = max(LEAST_TOKENS, work.config.llm_max_text_len)
+        tokens, recompute = plan_activations(model, tokens, least)
+    if recompute:
+        recompute_activations(model)
+    return tokens
+
+
+def keep_in_float32(model: PeftModel) -> None:
+    """Convert embeddings, norms and output layer, as PEFT's preparation for QLoRA does."""
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ("embed", "norm", "lm_head")):
+            parameter.data = parameter.data.float()
 
 
 class Training(ABC):
@@ -135,12 +156,19 @@ class Training(ABC):
     Args:
         work: what is trained and where.
         recipe: ``published``, ``ours`` or ``liger``.
+        model: the model with adapters; built as the recipe has it if absent.
+
+    Attributes:
+        examples: the training examples.
     """
 
-    def __init__(self, work: Work, recipe: str) -> None:
+    examples: Any
+
+    def __init__(self, work: Work, recipe: str, model: PeftModel | None = None) -> None:
         self.recipe, self.device, self.eos_id = recipe, work.device, work.setup.eos_id
         torch.manual_seed(0)
-        self.model = build_model(work, recipe)
+        self.model = model or build_model(work, recipe)
+        self.max_tokens = fit_memory(self.model, work, recipe)
         self.prepare(work)
         self.model.train()
         config = work.config
@@ -152,6 +180,15 @@ class Training(ABC):
             weight_decay=config.weight_decay,
             epsilon=config.adam_epsilon,
             paged=work.setup.in_4bit,
+        )
+
+    def limits(self, work: Work) -> BatchLimits:
+        """How large micro-batches get."""
+        return BatchLimits(
+            work.batch_size,
+            self.max_tokens,
+            FIXED_TOKENS[work.device.type],
+            packs(self.model.get_base_model()),
         )
 
     @abstractmethod
@@ -177,7 +214,9 @@ class Training(ABC):
     def step(self, numbers: list[int]) -> None:
         """Take one optimizer step on the examples with the given numbers."""
         if self.recipe == PUBLISHED:
-            self.published_loss(self.texts(numbers)).backward()
+            with torch.autocast(self.device.type, torch.bfloat16):
+                loss = self.published_loss(self.texts(numbers))
+            loss.backward()
         else:
             micro_batches = self.micro_batches(numbers)
             num_targets = sum(batch["num_targets"] for batch in micro_batches)
@@ -198,7 +237,7 @@ class Letters(Training):
             build_prompts(work.setup, work.data.titles),
             num_negatives=config.llm_negative_sample_size,
             max_history=config.llm_max_history,
-            limits=BatchLimits(work.batch_size, work.setup.max_tokens),
+            limits=self.limits(work),
             eos_id=self.eos_id,
             on_inputs=False,
             seed=0,
@@ -248,7 +287,7 @@ class Titles(Training):
         self.examples = GuidedDocuments(
             data,
             prompts,
-            limits=BatchLimits(work.batch_size, work.setup.max_tokens),
+            limits=self.limits(work),
             pad_id=self.eos_id,
         )
         rng = np.random.default_rng(0)
@@ -335,14 +374,6 @@ def time_steps(
     medians = alternating_medians(steps, len(batches) - 1, work.device)
     tokens = [sum(map(len, trainings[0].texts(numbers))) for numbers in batches[1:]]
     return medians, statistics.mean(tokens)
-
-
-def matmul_rate(device: torch.device) -> float:
-    """Measure the FLOP/s of a large bfloat16 matrix product."""
-    size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
-    times = [seconds(lambda: a @ b, device) for _ in range(12)]
-    return 2 * size**3 / statistics.median(times[2:])
 
 
 def measure(work: Work, rounds: int) -> Row:

@@ -21,15 +21,17 @@ class BatchLimits(NamedTuple):
 
     Attributes:
         max_rows: maximum number of sequences in a micro-batch.
-        max_tokens: maximum number of tokens in a micro-batch, with padding, or None; a sequence
+        max_tokens: maximum number of tokens in a micro-batch, padding included, or None; a sequence
             that is longer forms a micro-batch of its own.
         fixed_tokens: what a micro-batch costs besides its tokens, in tokens. It is the padding that
             a further micro-batch must save.
+        packed: whether prompts reach the model without their padding.
     """
 
     max_rows: int
     max_tokens: int | None = None
     fixed_tokens: int = 128
+    packed: bool = False
 
 
 def pad_left(sequences: list[np.ndarray], pad_id: int) -> Batch:
@@ -66,8 +68,10 @@ def sample_negatives(
     return rng.choice(pool, min(size, len(pool)), replace=False)
 
 
-def micro_batches(lengths: np.ndarray, limits: BatchLimits) -> list[np.ndarray]:
-    """Group sequences into padded micro-batches at the lowest cost.
+def micro_batches(
+    lengths: np.ndarray, limits: BatchLimits, *, packed: bool = False
+) -> list[np.ndarray]:
+    """Group sequences into micro-batches at the lowest cost.
 
     A micro-batch of r sequences, padded to l tokens, costs r l + f, with f the
     ``fixed_tokens``. Let the lengths be sorted, l[0] >= l[1] >= ..., and let cost[n] be the lowest
@@ -83,22 +87,27 @@ def micro_batches(lengths: np.ndarray, limits: BatchLimits) -> list[np.ndarray]:
     All sequences longer than the k-th micro-batch's longest were in earlier micro-batches, so the
     longest sequence that the k-th now gets is no longer: no cost increases, and the limits hold.
 
+    Packed sequences cost their own tokens alone, so that the fewest micro-batches are chosen.
+
     Args:
         lengths: (n,) tokens in each sequence.
         limits: how large the micro-batches get.
+        packed: whether the sequences are packed instead of padded.
 
     Returns:
         Indices of the sequences in each micro-batch, longest sequences first.
     """
-    max_rows, max_tokens, fixed_tokens = limits
+    max_rows, max_tokens, fixed_tokens, _ = limits
     order = np.argsort(-lengths, kind="stable")
     ordered = lengths[order]
+    total = np.append(0, np.cumsum(ordered))
     costs, starts = [0], [0]  # cost[n] and the s that gives it, the largest if there are several
     for end in range(1, len(order) + 1):
         options = []
         for start in range(end - 1, max(end - max_rows, 0) - 1, -1):
-            tokens = int(ordered[start]) * (end - start)
-            if max_tokens is not None and tokens > max_tokens and end - start > 1:
+            rows = end - start
+            tokens = int(total[end] - total[start] if packed else ordered[start] * rows)
+            if max_tokens is not None and tokens > max_tokens and rows > 1:
                 break  # the micro-batch only grows from here
             options.append((costs[start] + tokens + fixed_tokens, start))
         cost, start = min(options, key=lambda option: option[0])
@@ -135,7 +144,7 @@ def training_batches(
     """
     lengths = np.array([len(x) for x in sequences])
     batches = []
-    for group in micro_batches(lengths, limits):
+    for group in micro_batches(lengths, limits, packed=limits.packed):
         batch = pad_left([sequences[i] for i in group], pad_id)
         size = int(num_targets[group].max())
         untrained = np.arange(size) < size - num_targets[group, None]

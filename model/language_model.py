@@ -7,7 +7,7 @@ Models, ICLR 2022 (https://arxiv.org/abs/2106.09685).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ from model.cpu_attention import speed_up_on_cpu
 from model.cpu_norm import speed_up_norms
 from model.layers import Dropout
 from model.lora import compute_in_input_dtype
+from model.packing import pack_prompts
 from storage import atomic_folder, describe, read_json, reading
 
 OWN = "prior_weights.safetensors"
@@ -75,6 +76,8 @@ def load_causal_lm(
         raise ArgumentError("folder", folder, f"cannot be loaded ({describe(error)})") from error
     _keep_differentiable(model)
     _make_head_inputs_contiguous(model)
+    if device.type == "cuda":
+        pack_prompts(model)
     speed_up_on_cpu(model)
     speed_up_norms(model)
     if fused_kernels:
@@ -89,6 +92,45 @@ def computing_dtype(device: torch.device) -> torch.dtype:
     name = torch.cuda.get_device_name(device)
     print(f"note: {name} has no bfloat16: computing in float32, which takes twice the memory")
     return torch.float32
+
+
+def dequantize(model: nn.Module) -> None:
+    """Replace layers in NF4 by layers of the same values in the dtype of their products.
+
+    A product with NF4 weights first computes these values, which takes as long as some hundred
+    tokens of a 7B model. Whether there are adapters around the layers does not matter.
+
+    Args:
+        model: a model, perhaps in NF4 and perhaps with adapters.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+
+    for parent, name, layer in list(_quantized_layers(model)):
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        with torch.device("meta"):
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
+        plain.weight = nn.Parameter(weight.to(layer.compute_dtype), requires_grad=False)
+        plain.bias = layer.bias
+        setattr(parent, name, plain)
+
+
+def dequantize_for_inference(model: PeftModel) -> None:
+    """``dequantize`` a model on CUDA that is no longer trained, if it leaves half of the memory."""
+    needed = sum(
+        layer.in_features * layer.out_features * layer.compute_dtype.itemsize
+        for _, _, layer in _quantized_layers(model)
+    )
+    if model.device.type == "cuda" and 0 < 2 * needed < free_bytes(model.device):
+        dequantize(model)
+
+
+def _quantized_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Layers in NF4 with the modules that hold them."""
+    for parent in model.modules():
+        for name, layer in parent.named_children():
+            # PEFT's layer around one has the same name.
+            if type(layer).__name__ == "Linear4bit" and not hasattr(layer, "lora_A"):
+                yield parent, name, layer
 
 
 def _keep_differentiable(model: PreTrainedModel) -> None:

@@ -1,9 +1,9 @@
 """Linear layers with LoRA adapters that compute in the dtype of their input.
 
 PEFT casts the input of each adapter to the adapters' float32, computes there, and adds the result
-in passes of their own. Next to a frozen layer in bfloat16, this takes longer than the layer itself.
-So the adapters' weights are cast instead, which stay in float32 for the optimizer, and products are
-added as they are computed. ``python -m benchmarks.ranker_train`` measures the gain.
+in passes of their own. Next to a frozen layer in bfloat16 or NF4, this takes longer than the layer
+itself. So the adapters' weights are cast instead, which stay in float32 for the optimizer, and
+products are added as they are computed. ``python -m benchmarks.ranker_train`` measures the gain.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.lora import Linear
+from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor, nn
 
 
@@ -58,9 +59,10 @@ class AdaptedLinear(torch.autograd.Function):
 
 
 def _forward(module: Any, x: Tensor) -> Tensor:
-    """Forward pass of PEFT's ``Linear`` with one adapter."""
+    """Forward pass of PEFT's ``Linear`` or ``Linear4bit`` with one adapter."""
     if module.disable_adapters or module.merged:
-        return Linear.forward(module, x)
+        stock: Tensor = type(module).forward(module, x)
+        return stock
     (name,) = module.active_adapters
     a = module.lora_A[name].weight.to(x.dtype)
     b = (module.lora_B[name].weight * module.scaling[name]).to(x.dtype)
@@ -80,5 +82,5 @@ def compute_in_input_dtype(model: nn.Module) -> None:
         model: a model with adapters from PEFT.
     """
     for module in model.modules():
-        if isinstance(module, Linear):
+        if isinstance(module, (Linear, Linear4bit)):
             cast(Any, module).forward = partial(_forward, module)

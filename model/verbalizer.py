@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from model.language_model import base_causal_lm
+from model.packing import pack, packs
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -25,6 +26,16 @@ def position_ids(attention_mask: Tensor) -> Tensor:
         (B, L).
     """
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def padded(batch: dict[str, Any]) -> dict[str, Tensor]:
+    """Arguments of a model for ``input_ids`` and ``attention_mask`` (B, L)."""
+    mask = batch["attention_mask"]
+    return {
+        "input_ids": batch["input_ids"],
+        "attention_mask": mask,
+        "position_ids": position_ids(mask),
+    }
 
 
 def candidate_scores(model: nn.Module, batch: dict[str, Any], letter_ids: Tensor) -> Tensor:
@@ -43,14 +54,15 @@ def candidate_scores(model: nn.Module, batch: dict[str, Any], letter_ids: Tensor
     """
     causal_lm = base_causal_lm(model)
     mask = batch["attention_mask"]
-    hidden: Tensor = causal_lm.base_model(
-        input_ids=batch["input_ids"],
-        attention_mask=mask,
-        position_ids=position_ids(mask),
-        use_cache=False,
-    ).last_hidden_state  # (B, L, D)
-    last = mask.cumsum(-1).argmax(-1)
-    hidden = hidden[torch.arange(len(last), device=last.device), last]  # (B, D)
+    if packs(causal_lm):
+        inputs = pack(batch)
+        last = inputs["prompts"].offsets[1:] - 1
+        rows = torch.zeros_like(last)
+    else:
+        inputs = padded(batch)
+        rows, last = torch.arange(len(mask), device=mask.device), mask.cumsum(-1).argmax(-1)
+    hidden: Tensor = causal_lm.base_model(**inputs, use_cache=False).last_hidden_state
+    hidden = hidden[rows, last]  # (B, D)
     return token_logits(causal_lm, hidden, letter_ids, torch.float32)
 
 
@@ -96,14 +108,18 @@ def response_loss(
     Returns:
         A scalar.
     """
-    mask, targets = batch["attention_mask"], batch["targets"]
-    logits = model(
-        input_ids=batch["input_ids"],
-        attention_mask=mask,
-        position_ids=position_ids(mask),
-        use_cache=False,
-        logits_to_keep=targets.shape[1] + 1,
-    ).logits[:, :-1]  # (B, R, V); the last position predicts nothing
+    targets = batch["targets"]
+    width = targets.shape[1]
+    if packs(base_causal_lm(model)):
+        inputs = pack(batch)
+        before = torch.arange(-width - 1, -1, device=targets.device)
+        sources = inputs["prompts"].offsets[1:, None] + before
+        sources = sources.flatten().clamp(min=0)  # a shorter response has no target there
+        logits = model(**inputs, use_cache=False, logits_to_keep=sources).logits
+        logits = logits.view(*targets.shape, -1)  # (B, R, V)
+    else:
+        logits = model(**padded(batch), use_cache=False, logits_to_keep=width + 1).logits
+        logits = logits[:, :-1]  # (B, R, V); the last position predicts nothing
     if letter_ids is not None:
         letters = (targets[:, -2, None] == letter_ids).int().argmax(1)
         return nn.functional.cross_entropy(logits[:, -2, letter_ids].float(), letters)

@@ -31,7 +31,12 @@ from dataloader.prompt_batches import BatchLimits
 from dataloader.sampler import ShuffledBatches
 from datasets import SequenceDataset
 from errors import UserError, advice
-from model.language_model import check_adapter, load_adapter, save_adapter
+from model.language_model import (
+    check_adapter,
+    dequantize_for_inference,
+    load_adapter,
+    save_adapter,
+)
 from model.registry import load_retriever
 from model.verbalizer import response_loss
 from recipes.language_model import LanguageModel
@@ -187,6 +192,7 @@ def tuned_model(
         tune(config, data, run, language_model, prompts, accelerator, log, model)
     with advice(FROM_SCRATCH):
         load_adapter(model, adapter)
+    dequantize_for_inference(model)
     return model.eval()
 
 

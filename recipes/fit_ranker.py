@@ -27,7 +27,7 @@ from evaluation.reranking import (
 )
 from metrics import ranking_metrics
 from model.guided_titles import add_prior_weights
-from model.language_model import load_adapter, save_adapter
+from model.language_model import dequantize_for_inference, load_adapter, save_adapter
 from recipes.language_model import LanguageModel
 from recipes.runs import FROM_SCRATCH, is_finished
 from recipes.training import (
@@ -78,6 +78,7 @@ def train(
     with advice(FROM_SCRATCH):
         progress = trainer.fit(config.resume)
         load_adapter(evaluator.model, run.path / ADAPTER)
+    dequantize_for_inference(evaluator.model)
     results = evaluate(evaluator)
     write(results, run.path)
     overall = results.metrics["overall"]

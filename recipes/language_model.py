@@ -6,6 +6,7 @@ Nothing here imports torch unless there is a CUDA driver, so that mistakes are r
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
@@ -16,13 +17,14 @@ from model.hub import (
     LARGE_MODEL,
     SMALL_MODEL,
     BaseModel,
+    cached_content_hash,
     check_fits,
-    content_hash,
     end_of_sequence,
     find_model,
     load_tokenizer,
 )
 from process import has_cuda_driver, use_cuda
+from storage import read_json
 
 
 class LanguageModel(NamedTuple):
@@ -36,7 +38,9 @@ class LanguageModel(NamedTuple):
         eos_id: token that ends a sequence.
         device: ``cpu`` or ``cuda``.
         in_4bit: whether the frozen weights are quantized to NF4.
+        fused_kernels: whether to use Liger's kernels.
         max_tokens: most tokens per micro-batch in training.
+        packs: whether prompts reach the model without padding, once it is loaded.
     """
 
     base: BaseModel
@@ -46,7 +50,9 @@ class LanguageModel(NamedTuple):
     eos_id: int
     device: str
     in_4bit: bool
+    fused_kernels: bool
     max_tokens: int
+    packs: bool = False
 
     @property
     def paged(self) -> bool:
@@ -61,6 +67,7 @@ class LanguageModel(NamedTuple):
             "llm_revision": self.revision,
             "llm_tokenizer_revision": self.tokenizer_revision,
             "llm_load_in_4bit": self.in_4bit,
+            "use_liger_kernel": self.fused_kernels,
             "tokens_per_batch": self.max_tokens,
         }
 
@@ -100,21 +107,23 @@ def find_language_model(
         flag_names(max_text_len="llm_max_text_len", target_modules="lora_target_modules"),
     ):
         check_fits(base, tokenizer, config.llm_max_text_len, config.lora_target_modules)
-    in_4bit, revision = config.llm_load_in_4bit, _revision(base)
+    cache_root = Path(config.cache_root)
+    in_4bit, revision = config.llm_load_in_4bit, _revision(base, cache_root)
     return LanguageModel(
         base=base,
         revision=revision,
-        tokenizer_revision=revision if source is base else _revision(source),
+        tokenizer_revision=revision if source is base else _revision(source, cache_root),
         tokenizer=tokenizer,
         eos_id=eos_id,
         device=device,
         in_4bit=device == "cuda" if in_4bit is None else in_4bit,
+        fused_kernels=use_liger(config.use_liger_kernel, device, base.folder),
         max_tokens=config.tokens_per_batch or TOKENS_PER_BATCH[device],
     )
 
 
-def _revision(model: BaseModel) -> str:
-    return model.revision or content_hash(model.folder)
+def _revision(model: BaseModel, cache_root: Path) -> str:
+    return model.revision or cached_content_hash(model.folder, cache_root)
 
 
 def _cuda_is_available(config: LanguageModelConfig) -> bool:
@@ -128,6 +137,24 @@ def _find(name: str, config: LanguageModelConfig, *, needs_weights: bool = True)
         hub_cache=config.llm_cache_dir,
         needs_weights=needs_weights,
     )
+
+
+def use_liger(flag: bool | None, device: str, folder: Path) -> bool:
+    """Decide whether to use Liger's kernels, and say so if the flag does not.
+
+    Args:
+        flag: the flag's value, None for auto.
+        device: ``cpu`` or ``cuda``.
+        folder: folder of the model.
+    """
+    if flag is not None or device != "cuda" or find_spec("liger_kernel") is None:
+        return bool(flag)
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    if read_json(folder / "config.json").get("model_type") not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        return False
+    print("kernels of liger-kernel are used: --use_liger_kernel false leaves them out")
+    return True
 
 
 def check_liger(device: str) -> None:

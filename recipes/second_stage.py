@@ -17,7 +17,7 @@ from errors import advice
 from evaluation.fusion import RETRIEVER, Fusion
 from evaluation.reranking import retriever_log_probabilities
 from flags import flags_of, reread
-from model.language_model import load_adapter
+from model.language_model import dequantize_for_inference, load_adapter
 from recipes.fit_ranker import ADAPTER, FUSION, load_model
 from recipes.language_model import LanguageModel, find_language_model
 from recipes.prompts import build_prompts
@@ -61,8 +61,9 @@ def read_ranker(
         UserError: the run or its language model cannot be used.
     """
     with reading(run_dir / CONFIG):
-        # config.json has the resolved value, which is no value of the flag.
-        settings = settings | {"gradient_checkpointing": "false"}
+        # config.json has the resolved values: one is no value of the flag, and the other depends on
+        # the machine.
+        settings = settings | {"gradient_checkpointing": "false", "use_liger_kernel": None}
         known = {name: settings[name] for name in flags_of(RankerConfig) if name in settings}
         config = RankerConfig(**reread(RankerConfig, known))
         num_candidates = int(settings["retriever"]["num_candidates"])
@@ -97,6 +98,7 @@ class Ranker:
         with advice("run train_ranker.py again"), reading(run_dir / FUSION):
             load_adapter(self.model, run_dir / ADAPTER)
             self.fusion = Fusion(read_json(run_dir / FUSION)["weights"]["fused"])
+        dequantize_for_inference(self.model)
         self.verbalizer = build_verbalizer(config, data, {}, language_model, self.device, prompts)
 
     def text(self, history: np.ndarray, candidates: np.ndarray) -> str:

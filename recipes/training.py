@@ -70,6 +70,7 @@ def build_optimization(
         lr=lr,
         weight_decay=config.weight_decay,
         epsilon=config.adam_epsilon,
+        momentum=config.momentum or 0.0,
         paged=paged,
     )
     scheduler = build_schedule(
@@ -77,8 +78,16 @@ def build_optimization(
         warmup=config.warmup_steps if config.enable_lr_warmup else 0,
         total=total_steps,
         decay=config.lr_decay if config.enable_lr_schedule else None,
+        steps=published_steps(config),
     )
     return optimizer, scheduler
+
+
+def published_steps(config: CommonConfig) -> tuple[int, float] | None:
+    """The published code's schedule without a warm-up, if its flags select it."""
+    if config.decay_step is None or not config.enable_lr_schedule or config.enable_lr_warmup:
+        return None
+    return config.decay_step, 1.0 if config.gamma is None else config.gamma
 
 
 def build_trainer(

@@ -10,10 +10,12 @@ from dataloader.prompt_batches import BatchLimits
 from errors import flag_names
 from model.language_model import (
     add_lora,
+    dequantize,
     load_causal_lm,
     plan_activations,
     recompute_activations,
 )
+from model.packing import packs
 from recipes.language_model import LanguageModel
 from recipes.runs import FROM_SCRATCH
 from trainer.loop import Advice
@@ -41,8 +43,10 @@ def load_with_adapters(
             language_model.base.folder,
             device=accelerator.device,
             in_4bit=language_model.in_4bit,
-            fused_kernels=config.use_liger_kernel,
+            fused_kernels=language_model.fused_kernels,
         )
+        if language_model.in_4bit and config.llm_dequantize:
+            dequantize(causal_lm)
         model = add_lora(
             causal_lm,
             rank=config.lora_r,
@@ -68,7 +72,7 @@ def fit_memory(
         config: all settings.
 
     Returns:
-        The description with the tokens per micro-batch that fit.
+        The description with the tokens per micro-batch that fit, and whether prompts are packed.
     """
     max_tokens, recompute = language_model.max_tokens, config.gradient_checkpointing == "true"
     if config.gradient_checkpointing == "auto":
@@ -77,7 +81,7 @@ def fit_memory(
         max_tokens, recompute = plan_activations(model, max_tokens, least)
     if recompute:
         recompute_activations(model)
-    return language_model._replace(max_tokens=max_tokens)
+    return language_model._replace(max_tokens=max_tokens, packs=packs(model.get_base_model()))
 
 
 def batch_limits(config: LanguageModelConfig, language_model: LanguageModel) -> BatchLimits:
@@ -86,6 +90,7 @@ def batch_limits(config: LanguageModelConfig, language_model: LanguageModel) -> 
         max_rows=config.lora_micro_batch_size or config.train_batch_size,
         max_tokens=language_model.max_tokens,
         fixed_tokens=FIXED_TOKENS[language_model.device],
+        packed=language_model.packs,
     )
 
 

@@ -116,6 +116,18 @@ def test_all_scripts_take_every_flag_of_the_reference(capsys: pytest.CaptureFixt
     assert "--num_epochs" in note and "--llm_max_history" in note and "--lora_r " not in note
 
 
+def test_published_flags_without_an_effect_are_noted(capsys: pytest.CaptureFixture):
+    flags = ["--dataset_code", "games", "--negative_sample_size", "10", "--bert_head_size", "8"]
+    flags += ["--momentum", "0.9", "--decay_step", "50", "--gamma", "0.1"]
+    note = "note: no effect on this run: --negative_sample_size --bert_head_size"
+    assert retriever(*flags).decay_step == 50
+    assert capsys.readouterr().err == f"{note} --momentum --decay_step --gamma\n"
+    assert retriever(*flags, "--optimizer", "SGD", "--enable_lr_schedule").momentum == 0.9
+    assert capsys.readouterr().err == f"{note}\n"
+    assert ranker(*flags).gamma == 0.1  # which warms up
+    assert "--decay_step --gamma" in capsys.readouterr().err
+
+
 def test_flags_that_a_model_does_not_use_are_noted(capsys: pytest.CaptureFixture):
     flags = ["--dataset_code", "games", "--mask_prob", "0.2", "--num_heads", "4", "--model_code"]
     notes = {}

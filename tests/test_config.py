@@ -10,6 +10,7 @@ from config import (
     ALL_CONFIGS,
     DATASET_CODES,
     IMMATERIAL_FLAGS,
+    LATER_FLAGS,
     MODEL_CODES,
     AugmentationConfig,
     RankerConfig,
@@ -172,6 +173,12 @@ def test_heads_do_not_matter_to_recurrent_models(model: str):
     assert RetrieverConfig(dataset_code="games", model_code=model, num_heads=5).num_heads == 5
 
 
+def test_later_flags_leave_earlier_runs_their_fingerprint():
+    settings = retriever(dataset_code="games").as_dict()
+    assert settings["negatives"] is None and not {*LATER_FLAGS} & settings.keys()
+    assert retriever(dataset_code="games", gamma=0.5).as_dict() == settings | {"gamma": 0.5}
+
+
 # What a flag affects ----------------------------------------------------------------------------
 
 
@@ -198,8 +205,8 @@ def test_flags_that_do_not_change_results():
         "search_jobs", "search_weight_decay", "use_tensorboard", "use_wandb",
     }  # fmt: skip
     rounding = {
-        "gradient_checkpointing", "lora_micro_batch_size", "test_batch_size", "tokens_per_batch",
-        "val_batch_size",
+        "gradient_checkpointing", "llm_dequantize", "lora_micro_batch_size", "test_batch_size",
+        "tokens_per_batch", "val_batch_size",
     }  # fmt: skip
     assert handling | rounding == IMMATERIAL_FLAGS
 

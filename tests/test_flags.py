@@ -8,6 +8,7 @@ from flags import (
     any_number,
     at_least_two,
     boolean,
+    boolean_or_auto,
     count,
     flags_of,
     fraction,
@@ -51,6 +52,12 @@ def test_booleans():
     for text in ("", "perhaps", "10"):
         with pytest.raises(argparse.ArgumentTypeError, match="neither true nor false"):
             boolean(text)
+
+
+def test_booleans_or_auto():
+    assert [boolean_or_auto(text) for text in ("Auto", "true", "no")] == [None, True, False]
+    with pytest.raises(argparse.ArgumentTypeError, match="neither true nor false"):
+        boolean_or_auto("")
 
 
 @pytest.mark.parametrize(

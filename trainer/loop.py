@@ -157,6 +157,7 @@ class Trainer:
         self.recent_users: deque[list[int]] = deque(maxlen=LOSS_CHECK_STEPS)  # by step
         self.total = settings.total_steps(len(loader))
         self.saved_at = time.monotonic()
+        self.validation_seconds = 0.0
 
     def fit(self, resume: bool) -> Progress:
         """Train until all steps are done or validation stops improving.
@@ -177,9 +178,14 @@ class Trainer:
             unit="step",
             disable=self.progress.done,
         )
+        start = time.monotonic()
         with bar, self._memory_errors_explained(self.settings.advice.out_of_memory):
             self._train(bar)
         distributed.wait()  # until the best weights are written
+        if self.validation_seconds:
+            seconds = time.monotonic() - start
+            share = self.validation_seconds / seconds
+            print(f"training took {seconds:,.0f} s, {share:.0%} of it for validation")
         return self.progress
 
     @contextmanager
@@ -197,8 +203,10 @@ class Trainer:
             if self._validation_is_due():
                 self._save()  # so that an interrupted validation loses no steps
                 advice = self.settings.advice.out_of_memory_in_validation
+                start = time.monotonic()
                 with self._memory_errors_explained(advice):
                     self._validate(bar)
+                self.validation_seconds += time.monotonic() - start
                 self._save()
                 continue
             with deferred_signals() as signals:

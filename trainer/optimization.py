@@ -42,16 +42,24 @@ def make_accelerator(device: str | None, seed: int) -> Accelerator:
 
 
 def build_optimizer(
-    model: nn.Module, name: str, *, lr: float, weight_decay: float, epsilon: float, paged: bool
+    model: nn.Module,
+    name: str,
+    *,
+    lr: float,
+    weight_decay: float,
+    epsilon: float,
+    momentum: float = 0.0,
+    paged: bool,
 ) -> Optimizer:
-    """Build AdamW or Adam over the trainable parameters.
+    """Build AdamW, Adam or SGD over the trainable parameters.
 
     Args:
         model: the model.
-        name: ``AdamW`` or ``Adam``.
+        name: ``AdamW``, ``Adam`` or ``SGD``.
         lr: learning rate.
         weight_decay: weight decay; biases and layer norms are exempt.
-        epsilon: epsilon of the optimizer.
+        epsilon: epsilon of the optimizer; SGD has none.
+        momentum: momentum of SGD.
         paged: whether to use the paged AdamW of bitsandbytes, whose state moves to the host when
             GPU memory is full (QLoRA, section 3).
     """
@@ -66,6 +74,8 @@ def build_optimizer(
         from bitsandbytes.optim import PagedAdamW32bit
 
         return PagedAdamW32bit(parameters, lr=lr, eps=epsilon)
+    if name == "SGD":
+        return torch.optim.SGD(parameters, lr=lr, momentum=momentum, fused=True)
     return getattr(torch.optim, name)(parameters, lr=lr, eps=epsilon, fused=True)
 
 
@@ -74,17 +84,28 @@ def _largest(parameters: Iterable[nn.Parameter]) -> int:
     return max(p.numel() for p in parameters if p.requires_grad)
 
 
-def build_schedule(optimizer: Optimizer, *, warmup: int, total: int, decay: str | None) -> LambdaLR:
-    """Build the learning rate schedule: linear warm-up, then constant or decaying to 0.
+def build_schedule(
+    optimizer: Optimizer,
+    *,
+    warmup: int,
+    total: int,
+    decay: str | None,
+    steps: tuple[int, float] | None = None,
+) -> LambdaLR:
+    """Build the learning rate schedule: linear warm-up, then constant or decaying.
 
     Args:
         optimizer: the optimizer.
         warmup: steps of the warm-up, 0 for none.
         total: step at which a decaying rate reaches 0.
         decay: ``linear``, ``cosine``, or None for a constant rate.
+        steps: a number of steps and a factor by which the rate is multiplied after each such
+            number, in place of warm-up and decay; or None.
     """
 
     def factor(step: int) -> float:
+        if steps:
+            return steps[1] ** (step // steps[0])
         if step < warmup:
             return step / warmup
         left = max(0.0, (total - step) / max(1, total - warmup))

@@ -112,6 +112,21 @@ def test_micro_batches_without_a_limit_of_tokens():
     assert [group.tolist() for group in groups] == [[1, 2], [3, 0]]
 
 
+def test_packed_sequences_share_the_fewest_micro_batches():
+    lengths = np.array([10, 500, 499, 12, 30])
+    assert len(micro_batches(lengths, BatchLimits(5, 1051))) == 2
+    (group,) = micro_batches(lengths, BatchLimits(5, 1051), packed=True)
+    assert group.tolist() == [1, 2, 4, 3, 0]
+    groups = micro_batches(lengths, BatchLimits(5, 1050), packed=True)
+    assert sorted(np.concatenate(groups)) == [0, 1, 2, 3, 4]
+    assert all(lengths[group].sum() <= 1050 for group in groups) and len(groups) == 2
+    sequences = [np.arange(length) for length in lengths]
+    options = {"num_targets": np.ones(5, int), "users": np.arange(5), "pad_id": 1}
+    for packed, count in ((False, 2), (True, 1)):
+        limits = BatchLimits(5, 1051, packed=packed)
+        assert len(training_batches(sequences, limits=limits, **options)) == count
+
+
 def test_targets_of_micro_batches():
     sequences = [np.array(x) for x in ([5, 6, 7, 8], [9, 9], [3, 4, 5])]
     first, second = training_batches(

@@ -1,6 +1,7 @@
 """Base models: names, required files, the hub's cache, tokenizers, checks before loading."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from huggingface_hub import errors as hub_errors
 from tokenizers import Tokenizer, models
 
+from downloads import sha256
 from errors import ArgumentError, InputError, UserError
 from model import hub
 from model.hub import (
@@ -21,6 +23,7 @@ from model.hub import (
     REVISIONS,
     SMALL_MODEL,
     BaseModel,
+    cached_content_hash,
     check_fits,
     content_hash,
     end_of_sequence,
@@ -278,6 +281,30 @@ def test_content_hash_covers_everything_that_matters(folder: Path):
     (folder / "more.json").rename(folder / "another.json")
     hashes.add(content_hash(folder))
     assert len(hashes) == 6
+
+
+def test_the_hash_is_cached_until_a_file_changes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    read, cache = [], tmp_path / "cache"
+    monkeypatch.setattr(hub, "sha256", lambda path: (read.append(path), sha256(path))[1])
+    assert cached_content_hash(folder, cache) == content_hash(folder) and not cache.exists()
+    monkeypatch.setattr(hub, "LARGE_BYTES", 0)
+    read.clear()
+    expected = content_hash(folder)
+    count = len(read)
+    assert [cached_content_hash(folder, cache) for _ in range(3)] == [expected] * 3
+    assert len(read) == 2 * count
+    (cached,) = cache.iterdir()
+    cached.write_text("{")
+    assert cached_content_hash(folder, cache) == expected and len(read) == 3 * count
+    weights = folder / "model.safetensors"
+    content, stamp = weights.read_bytes(), weights.stat()
+    changed = tmp_path / "changed"  # of the same size and time: only the inode differs
+    changed.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(changed, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    os.replace(changed, weights)
+    assert cached_content_hash(folder, cache) == content_hash(folder) != expected
 
 
 def test_stored_padding_and_truncation_are_removed(folder: Path):

@@ -17,7 +17,10 @@ from model.language_model import (
     MEMORY_SHARE,
     activation_bytes_per_token,
     add_lora,
+    base_causal_lm,
     computing_dtype,
+    dequantize,
+    dequantize_for_inference,
     load_adapter,
     load_causal_lm,
     plan_activations,
@@ -109,6 +112,45 @@ def test_model_without_fused_kernels(tiny_llama: Path, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", liger)
     with pytest.raises(ArgumentError, match="fused_kernels true: liger-kernel does not support"):
         load_causal_lm(tiny_llama, device=CPU, in_4bit=False, fused_kernels=True)
+
+
+@pytest.mark.parametrize("with_adapters", [False, True])
+def test_dequantized_values_are_identical(
+    tiny_llama: Path, batch: dict[str, Any], with_adapters: bool
+):
+    model = adapted(tiny_llama, in_4bit=True) if with_adapters else load(tiny_llama, True)
+    if with_adapters:
+        randomize(model)
+    layer = base_causal_lm(model).model.layers[0].mlp.down_proj
+    x = torch.randn(5, 128, dtype=torch.bfloat16)
+    expected, scores = layer(x), scores_of(model, batch)
+    dequantize(model)
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    assert not any(type(m).__name__ == "Linear4bit" for m in layers)
+    layer = base_causal_lm(model).model.layers[0].mlp.down_proj
+    assert torch.equal(layer(x), expected) and not layer.weight.requires_grad
+    # Next to plain layers, adapters add up in another order.
+    difference = (scores_of(model, batch) - scores).norm()
+    assert difference < 0.05 * scores.norm() if with_adapters else difference == 0
+    if with_adapters:
+        response_loss(model.train(), batch).backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_dequantized_for_inference_if_memory_allows(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+):
+    done = []
+    monkeypatch.setattr("model.language_model.dequantize", done.append)
+    model, plain = adapted(tiny_llama, in_4bit=True), adapted(tiny_llama)
+    dequantize_for_inference(model)  # on the CPU, where resumed runs end in the same bytes
+    monkeypatch.setattr(PeftModel, "device", torch.device("cuda"), raising=False)
+    needed = 2 * 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    for free, count in ((2 * needed, 0), (2 * needed + 1, 1)):
+        monkeypatch.setattr("model.language_model.free_bytes", lambda _, free=free: free)
+        dequantize_for_inference(model)
+        dequantize_for_inference(plain)
+        assert done == [model] * count
 
 
 # Adapters ---------------------------------------------------------------------------------------

@@ -7,15 +7,21 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from model.language_model import load_causal_lm
 from model.lora import AdaptedLinear, compute_in_input_dtype
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
-def adapted(folder: Path, dtype: torch.dtype, dropout: float = 0.0) -> PeftModel:
+def adapted(
+    folder: Path, dtype: torch.dtype, dropout: float = 0.0, in_4bit: bool = False
+) -> PeftModel:
     """The tiny Llama with adapters that are not 0."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    if in_4bit:
+        model = load_causal_lm(folder, device=torch.device("cpu"), in_4bit=True)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     config = LoraConfig(r=4, lora_alpha=12, lora_dropout=dropout, target_modules=TARGETS)
     model = get_peft_model(model, config)
     with torch.no_grad():
@@ -44,15 +50,26 @@ def test_equal_to_peft_in_float32(tiny_llama: Path, dropout: float):
         torch.testing.assert_close(found_gradients[name], gradient, rtol=1e-4, atol=1e-7)
 
 
-def test_bfloat16_from_float32_weights(tiny_llama: Path):
-    stock, ours = (adapted(tiny_llama, torch.bfloat16).train() for _ in range(2))
+@pytest.mark.parametrize("in_4bit", [False, True])
+def test_bfloat16_from_float32_weights(tiny_llama: Path, in_4bit: bool):
+    stock, ours = (adapted(tiny_llama, torch.bfloat16, in_4bit=in_4bit).train() for _ in range(2))
     compute_in_input_dtype(ours)
+    inputs_of_stock = set()
+    for model in (stock, ours):
+        for name, module in model.named_modules():
+            if name.endswith("lora_A.default"):
+                module.register_forward_hook(
+                    lambda _, inputs, output, model=model: inputs_of_stock.add(
+                        (model is stock, inputs[0].dtype)
+                    )
+                )
     dtypes = set()
     for module in ours.modules():
         if type(module).__name__ == "LlamaMLP":
             module.register_forward_hook(lambda _, inputs, output: dtypes.add(output.dtype))
     (expected, gradients), (found, found_gradients) = run(stock), run(ours)
     assert dtypes == {torch.bfloat16} == {found.dtype}
+    assert inputs_of_stock == {(True, torch.float32)}
     assert (found - expected).abs().mean() < 0.02 * expected.abs().mean()
     for name, gradient in gradients.items():
         assert found_gradients[name].dtype == torch.float32

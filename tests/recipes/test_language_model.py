@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from config import TOKENS_PER_BATCH, RankerConfig
 from errors import UserError
 from model.hub import content_hash
-from recipes.language_model import check_liger, find_language_model
+from recipes.language_model import check_liger, find_language_model, use_liger
 
 
 @pytest.fixture()
@@ -33,7 +35,7 @@ def test_a_model_on_the_cpu(folder: Path):
     assert model.details() == {
         "device": "cpu", "llm_base_model": "model", "llm_revision": content_hash(folder),
         "llm_tokenizer_revision": content_hash(folder),
-        "llm_load_in_4bit": False, "tokens_per_batch": 1024,
+        "llm_load_in_4bit": False, "use_liger_kernel": False, "tokens_per_batch": 1024,
     }  # fmt: skip
 
 
@@ -123,6 +125,24 @@ def test_messages_name_flags(damage: str, flags: dict, message: str, folder: Pat
     with pytest.raises(UserError) as caught:
         find_language_model(config(name, **flags))
     assert message.format(folder=folder) in str(caught.value)
+
+
+def test_liger_is_used_where_it_can_be(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr("recipes.language_model.find_spec", lambda name: None)
+    assert not use_liger(None, "cuda", folder)
+    monkeypatch.setattr("recipes.language_model.find_spec", lambda name: name)
+    supported = SimpleNamespace(MODEL_TYPE_TO_APPLY_LIGER_FN={"llama": None})
+    for name in ("", ".transformers", ".transformers.monkey_patch"):
+        monkeypatch.setitem(sys.modules, f"liger_kernel{name}", supported)
+    assert not use_liger(None, "cpu", folder) and not use_liger(False, "cuda", folder)
+    assert use_liger(True, "cuda", folder)
+    assert not capsys.readouterr().out
+    assert use_liger(None, "cuda", folder)
+    assert capsys.readouterr().out.startswith("kernels of liger-kernel are used: ")
+    change(folder, "config.json", model_type="bloom")
+    assert not use_liger(None, "cuda", folder)
 
 
 def test_check_liger(monkeypatch: pytest.MonkeyPatch):

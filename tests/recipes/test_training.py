@@ -73,6 +73,16 @@ def test_learning_rates_of_the_flags():
     assert learning_rates(both, 4) == pytest.approx([0.0, 1.0, 2.0, 1.75])
 
 
+def test_published_schedule_without_a_warm_up():
+    steps = {"enable_lr_schedule": True, "decay_step": 3, "gamma": 0.5}
+    expected = [2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 0.5]
+    assert learning_rates(retriever(**steps), 7) == expected
+    assert learning_rates(retriever(**steps | {"gamma": None}), 4) == [2.0] * 4
+    for off in ({"enable_lr_schedule": False}, {"enable_lr_warmup": True}):
+        plain = steps | {"decay_step": None} | off
+        assert learning_rates(retriever(**steps | off), 7) == learning_rates(retriever(**plain), 7)
+
+
 def test_optimizer_of_the_flags():
     config = retriever(optimizer="Adam", weight_decay=0.3, adam_epsilon=1e-7)
     optimizer, _ = build_optimization(nn.Linear(2, 2), config, lr=2.0, total_steps=10, paged=False)

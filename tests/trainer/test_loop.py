@@ -1,6 +1,7 @@
 """The training loop on a small regression: steps, selection, stopping, interruption, failures."""
 
 import json
+import re
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -379,6 +380,17 @@ def test_a_finished_run_has_nothing_to_resume(make_run: Callable[..., Run]):
     assert run.trainer().fit(resume=True) == run.progress
     assert run.num_steps == 27 and run.num_validations == validations
     assert torch.equal(run.weights(), weights)
+
+
+def test_the_share_of_validation_is_printed(
+    make_run: Callable[..., Run], capsys: pytest.CaptureFixture
+):
+    run = make_run()
+    run.trainer().fit(resume=False)
+    printed = capsys.readouterr().out
+    assert re.search(r"^training took \d+ s, \d+% of it for validation$", printed, re.M)
+    run.trainer().fit(resume=True)  # it is finished
+    assert "training took" not in capsys.readouterr().out
 
 
 def test_nothing_to_resume(make_run: Callable[..., Run], capsys: pytest.CaptureFixture):

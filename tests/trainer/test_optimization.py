@@ -68,6 +68,15 @@ def test_settings_of_the_optimizer(name: str):
     assert group["params"] == [model.weight]  # the frozen bias is left out
 
 
+def test_sgd():
+    model = nn.Linear(3, 2)
+    optimizer = build_optimizer(
+        model, "SGD", lr=0.2, weight_decay=0.1, epsilon=1e-7, momentum=0.9, paged=True
+    )
+    assert type(optimizer) is torch.optim.SGD
+    assert all((group["lr"], group["momentum"]) == (0.2, 0.9) for group in optimizer.param_groups)
+
+
 def test_only_large_adapters_are_paged():
     model = nn.Sequential(nn.Linear(400, 400), nn.Linear(400, 2))
     model[0].requires_grad_(False)
