@@ -19,7 +19,7 @@ from datasets import SequenceDataset
 from errors import UserError, advice
 from flags import flags_of
 from model.hub import CHAT_MODEL, LARGE_MODEL
-from process import check_device, check_single_process
+from process import check_device
 from recipes.language_model import LanguageModel, find_language_model
 from recipes.runs import check_examples, check_replaceable, load_data, locked, run_fingerprint
 from storage import read_json, reading
@@ -32,7 +32,6 @@ STAGES = ("tuning", "generation", "filter")
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the settings and inputs, check them, then run the stages."""
     config = parse(AugmentationConfig, argv, __doc__, preset=augmentation_preset)
-    check_single_process()
     check_device(config.device)
     data = load_data(config)
     check_examples(data)

@@ -157,13 +157,24 @@ def add_up(tensors: Sequence[Any]) -> None:
         tensor.copy_(summed.view_as(tensor))
 
 
-def interleave(values: list[T]) -> list[T]:
-    """Put together a list of which process r of n holds the values r, r + n, r + 2n, ..."""
+def gather(value: T) -> list[T]:
+    """Return every process's value, in order."""
     if size() == 1:
-        return values
+        return [value]
     from torch import distributed
 
-    shares: list[Any] = [None] * size()
+    values: list[Any] = [None] * size()
     with _others_watched():
-        distributed.all_gather_object(shares, values)
+        distributed.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: T) -> T:
+    """Return the main process's value."""
+    return gather(value)[0]
+
+
+def interleave(values: list[T]) -> list[T]:
+    """Put together a list of which process r of n holds the values r, r + n, r + 2n, ..."""
+    shares = gather(values)
     return [shares[i % size()][i // size()] for i in range(sum(map(len, shares)))]

@@ -15,6 +15,7 @@ from peft import PeftModel
 from augmentation.constraints import Catalogue, ItemText
 from augmentation.decoding import decode
 from augmentation.prompts import GenerationPrompts, IdPrompts
+from distributed import gather, in_main_process, rank, size
 from errors import ArgumentError, InputError, UserError
 from progress import ProgressBar
 from storage import atomic_path, reading
@@ -45,6 +46,7 @@ def read_texts(path: Path) -> dict[int, GeneratedText]:
         return {int(r["user"]): GeneratedText(str(r["text"]), bool(r["ended"])) for r in records}
 
 
+@in_main_process
 def save_texts(path: Path, texts: dict[int, GeneratedText]) -> None:
     """Write a JSON object with ``user``, ``text`` and ``ended`` per line, ordered by user.
 
@@ -72,7 +74,7 @@ def generate(
     save_seconds: float,
     if_out_of_memory: str,
 ) -> dict[int, GeneratedText]:
-    """Sample a text for each user.
+    """Sample a text for each user; several processes share the batches.
 
     Each batch has its own random seed, or with ``constrained`` each user, so that an interrupted
     run resumes to the same texts. The file is also written on an exception.
@@ -102,24 +104,30 @@ def generate(
     catalogue = build_catalogue(prompts) if constrained else None
     texts, saved_at = dict(texts), time.monotonic()
     num_users = sum(map(len, batches.batches))
+    options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+
+    def sample(index: int) -> dict[int, GeneratedText]:
+        if catalogue:
+            users = batches.batches[index]
+            return constrained_texts(
+                model, prompts, batches, users, catalogue, seed=seed, **options
+            )
+        batch_seed = int(np.random.default_rng([seed, index]).integers(1 << 62))
+        return _sample_batch(model, prompts, *batches[index], batch_seed, **options)
+
+    waiting = [
+        index
+        for index, users in enumerate(batches.batches)
+        if not all(user in texts for user in users)
+    ]
     try:
         with ProgressBar(total=num_users, initial=len(texts), desc="generate", unit="user") as bar:
-            for index, users in enumerate(batches.batches):
-                if all(user in texts for user in users):
-                    continue
-                options: dict[str, Any] = {
-                    "temperature": temperature,
-                    "top_p": top_p,
-                    "top_k": top_k,
-                }
-                if catalogue:
-                    texts |= constrained_texts(
-                        model, prompts, batches, users, catalogue, seed=seed, **options
-                    )
-                else:
-                    batch_seed = int(np.random.default_rng([seed, index]).integers(1 << 62))
-                    texts |= _sample_batch(model, prompts, *batches[index], batch_seed, **options)
-                bar.update(len(users))
+            for start in range(0, len(waiting), size()):
+                turn = waiting[start : start + size()]
+                own = sample(turn[rank()]) if rank() < len(turn) else {}
+                for new in gather(own):
+                    texts |= new
+                    bar.update(len(new))
                 if time.monotonic() - saved_at > save_seconds:
                     save_texts(path, texts)
                     saved_at = time.monotonic()

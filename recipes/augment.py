@@ -30,6 +30,7 @@ from config import AugmentationConfig
 from dataloader.prompt_batches import BatchLimits
 from dataloader.sampler import ShuffledBatches
 from datasets import SequenceDataset
+from distributed import in_main_process, largest, main_first
 from errors import UserError, advice
 from model.language_model import (
     check_adapter,
@@ -87,9 +88,10 @@ def augment(
     accelerator = make_accelerator(config.device, config.seed)
     with other_run_explained():
         resumed = config.resume and run.is_started()
-    log = open_run(run, config, details, resumed=resumed)
-    if config.reuse:
-        reuse_stages(Path(config.reuse), run.path, earlier, details["stages"])
+    with main_first():
+        log = open_run(run, config, details, resumed=resumed)
+        if config.reuse:
+            reuse_stages(Path(config.reuse), run.path, earlier, details["stages"])
     texts_path = run.path / GENERATED
     with advice("delete it and run the same command again"):
         texts = read_texts(texts_path)
@@ -97,10 +99,7 @@ def augment(
         model = tuned_model(config, data, run, language_model, prompts, accelerator, log)
         texts = generate_texts(config, data, prompts, model, texts, texts_path)
     interactions, counts = filter_texts(config, data, texts, prompts.prefix, accelerator.device)
-    save_augmented(run.path / AUGMENTED_FILE, interactions, data.fingerprint)
-    write_json(run.path / COUNTS, counts)
-    # Not the plain code: RecBole downloads data of its own when asked for ml-100k.
-    export(merge(data, interactions, "before"), run.path / EXPORTS, f"{data.code}-augmented")
+    write(data, interactions, counts, run.path)
     close_run(run, log, {"written": counts["written"], "kept": counts["kept"]})
     reasons = ", ".join(f"{number:,} {reason}" for reason, number in counts["dropped"].items())
     print(
@@ -218,7 +217,7 @@ def tune(
     validation = Validation(model, val_examples)
 
     def keep() -> None:
-        save_adapter(model, run.path / ADAPTER)
+        in_main_process(save_adapter)(model, run.path / ADAPTER)
 
     def validate() -> Metrics:
         if config.kept_weights == "last":
@@ -341,10 +340,11 @@ def generation_batches(
     """The prompts of all users, in batches of the size that the flags ask for or that fits."""
     if config.test_batch_size or not config.constrained:
         return GenerationPrompts(data, prompts, config.test_batch_size or FREE_BATCH)
-    return GenerationPrompts(data, prompts, CONSTRAINED_BATCH, fitting_tokens(model))
+    fitting = -largest(-fitting_tokens(model))  # in every process
+    return GenerationPrompts(data, prompts, CONSTRAINED_BATCH, fitting)
 
 
-# Filter -------------------------------------------------------------------------------------------
+# Filter and write ---------------------------------------------------------------------------------
 
 
 def filter_texts(
@@ -409,3 +409,14 @@ def count(
         "kept": len(interactions.items),
         "users_with_items": len(set(interactions.users.tolist())),
     }
+
+
+@in_main_process
+def write(
+    data: SequenceDataset, interactions: Interactions, counts: dict[str, Any], run_dir: Path
+) -> None:
+    """Write the generated interactions, what became of them, and exports for other programs."""
+    save_augmented(run_dir / AUGMENTED_FILE, interactions, data.fingerprint)
+    write_json(run_dir / COUNTS, counts)
+    # Not the plain code: RecBole downloads data of its own when asked for ml-100k.
+    export(merge(data, interactions, "before"), run_dir / EXPORTS, f"{data.code}-augmented")

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,6 +151,25 @@ def test_two_processes_tune_a_ranker_as_one(
     tolerance = 1e-3 if verbalizer else 1e-5  # adapters of titles compute in bfloat16
     assert losses(two) == pytest.approx(losses(one), abs=tolerance)
     assert contents(two).keys() == contents(one).keys()
+
+
+def test_two_processes_generate_the_texts_of_one(
+    toy_flags: list[object], tiny_llama: Path, tmp_path: Path
+):
+    one, two = tmp_path / "one", tmp_path / "two"
+    flags = [
+        *toy_flags, "--device", "cpu", "--max_steps", 2, "--lora_val_iterations", 2,
+        "--train_batch_size", 8, "--max_new_tokens", 12, "--test_batch_size", 7,
+        "--llm_base_model", tiny_llama,
+    ]  # fmt: skip
+    done = run_script("augment_data.py", *flags, "--export_root", one)
+    assert done.returncode == 0, done.stderr
+    shutil.copytree(one, two)
+    for name in ("generated.jsonl", "augmented.npz", "augmentation.json"):
+        (two / name).unlink()
+    done = launch(2, "augment_data.py", *flags, "--export_root", two, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert contents(two) == contents(one)
 
 
 @pytest.mark.slow

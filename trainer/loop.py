@@ -317,7 +317,8 @@ class Trainer:
         self._check_losses()
         self.model.eval()
         with self.average.applied() if self.average else nullcontext():
-            metrics = self.validate()
+            # Other processors may round differently, and all must decide the same.
+            metrics = distributed.from_main(self.validate())
             improved = self._update_progress(metrics[self.settings.best_metric])
             if improved:
                 self.save_best()
