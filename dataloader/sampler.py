@@ -64,7 +64,8 @@ def training_loader(dataset: Dataset, sampler: ShuffledBatches, num_workers: int
 
     Of several processes, each builds a part of every batch.
     """
-    return _loader(_Share(dataset), num_workers, batch_sampler=sampler)
+    own = _Share(dataset) if size() > 1 else dataset
+    return _loader(own, num_workers, batch_sampler=sampler)
 
 
 def evaluation_loader(dataset: Any, batch_size: int, num_workers: int) -> DataLoader:

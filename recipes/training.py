@@ -179,20 +179,21 @@ def open_run(
 @in_main_process
 def _prepare_folder(run: RunFolder, settings: Mapping[str, Any], resumed: bool) -> None:
     """Clear the run's folder unless it is resumed, and write ``config.json`` if need be."""
+    path = run.path / CONFIG
     if not resumed:
         run.clear()
-    if not (resumed and is_readable(run.path / CONFIG)):
+    if not resumed or (path.exists() and not is_readable(path)):
         origin = {
             "fingerprint": run.fingerprint,
             "results_format": RESULTS_FORMAT,
             "torch": torch.__version__,
             "commit": _commit(),
         }
-        write_json(run.path / CONFIG, dict(settings) | origin)
+        write_json(path, dict(settings) | origin)
 
 
 def is_readable(path: Path) -> bool:
-    """Whether a file of JSON is there and not damaged."""
+    """Whether a file of JSON is not damaged."""
     try:
         read_json(path)
     except InputError:

@@ -111,7 +111,10 @@ FLAGS = [
     Mistake("no CUDA", f"{RETRIEVE} --device cuda",
             "--device cuda: this machine has no CUDA driver; use cpu"),
     Mistake("no CUDA for the ranker", f"{RANK} --device cuda", "--device cuda: this machine has"),
-    Mistake("several processes", RETRIEVE, "start it with python", env={"WORLD_SIZE": "2"}),
+    Mistake(
+        "several processes for a search", f"{RETRIEVE} --search", "start it with python",
+        env={"WORLD_SIZE": "2"},
+    ),
     Mistake(
         "mixed precision of accelerate", RETRIEVE, "ACCELERATE_MIXED_PRECISION=bf16 in the env",
         env={"ACCELERATE_MIXED_PRECISION": "bf16"},

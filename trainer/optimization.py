@@ -34,8 +34,8 @@ def make_accelerator(device: str | None, seed: int) -> Accelerator:
     num_gpus = torch.cuda.device_count()
     if accelerator.device.type == "cuda" and num_gpus > 1 and size() == 1:
         print(
-            f"note: {num_gpus} GPUs are visible, of which this run uses the first; for all, start "
-            f"it with torchrun --nproc_per_node {num_gpus}"
+            f"note: {num_gpus} GPUs are visible, of which this run uses the first; torchrun starts "
+            "a process for each"
         )
     set_seed(seed)
     return accelerator

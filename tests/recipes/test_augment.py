@@ -106,16 +106,16 @@ def earlier(tmp_path: Path) -> Path:
     """Outputs of an earlier run."""
     folder = tmp_path / "earlier"
     (folder / "adapter").mkdir(parents=True)
-    (folder / "adapter" / "weights").write_text("adapter")
-    (folder / "generated.jsonl").write_text("texts\n")
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    (folder / "generated.jsonl").write_text('{"user": 0, "text": "1", "ended": true}\n')
     return folder
 
 
 @pytest.mark.parametrize(
     ("stages", "reused"),
     [
-        ({"tuning": "t", "generation": "g"}, ["adapter/weights", "generated.jsonl"]),
-        ({"tuning": "t", "generation": "other"}, ["adapter/weights"]),
+        ({"tuning": "t", "generation": "g"}, ["adapter/adapter_config.json", "generated.jsonl"]),
+        ({"tuning": "t", "generation": "other"}, ["adapter/adapter_config.json"]),
         ({"tuning": "other", "generation": "other"}, []),
     ],
 )
@@ -141,7 +141,7 @@ def test_reuse_keeps_what_exists(earlier: Path, tmp_path: Path):
     stages = {"tuning": "t", "generation": "g"}
     reuse_stages(earlier, run, stages, stages)
     assert (run / "generated.jsonl").read_text() == "own\n"
-    assert (run / "adapter" / "weights").exists()
+    assert (run / "adapter" / "adapter_config.json").exists()
 
 
 # Kept weights -----------------------------------------------------------------------------------
