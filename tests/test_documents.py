@@ -103,3 +103,11 @@ def test_the_picture_of_the_two_stages():
     script = ROOT / "docs" / "images" / "two_stages.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     assert done.stdout == script.with_name("two-stages.svg").read_text()
+
+
+def test_the_website_has_every_page():
+    index = (ROOT / "docs" / "index.rst").read_text()
+    listed = {line.strip() for line in index.splitlines() if line.startswith("   ")}
+    pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+    pages = {page.removesuffix(".md") for page in pages if not page.startswith("_")}
+    assert pages <= listed
