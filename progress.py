@@ -30,7 +30,7 @@ class ProgressBar(tqdm):
     Args:
         iterable: what to loop over, or None to call ``update``.
         name: ignored; versions of the hub's library before 2.0 pass it.
-        options: as of ``tqdm``.
+        options: further arguments of ``tqdm``.
     """
 
     last_line = time.monotonic()

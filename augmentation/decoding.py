@@ -14,7 +14,7 @@ except for rounding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -173,10 +173,7 @@ def decode(
     mask = positions >= (longest - lengths)[:, None]
     rows = list(range(len(texts)))  # the texts that are in the cache
     for step in range(max_tokens):
-        allowed = np.zeros((len(rows), len(columns)), dtype=bool)
-        for row, text in enumerate(rows):
-            following = [catalogue.eos_id] if texts[text].ended else texts[text].allowed()
-            allowed[row, [columns[token] for token in following]] = True
+        allowed = allowed_tokens([texts[text] for text in rows], columns)
         chosen = sample(
             token_logits(causal_lm, hidden, tokens),
             torch.from_numpy(allowed).to(device),
@@ -203,6 +200,23 @@ def decode(
             (lengths + step)[:, None],
             cache,
         )
+
+
+def allowed_tokens(texts: Sequence[ItemText], columns: Mapping[int, int]) -> np.ndarray:
+    """Which tokens can follow each text; EOS alone behind one that has ended.
+
+    Args:
+        texts: the texts.
+        columns: column by token.
+
+    Returns:
+        (B, C) bool.
+    """
+    allowed = np.zeros((len(texts), len(columns)), dtype=bool)
+    for row, text in zip(allowed, texts):
+        following = [text.catalogue.eos_id] if text.ended else text.allowed()
+        row[[columns[token] for token in following]] = True
+    return allowed
 
 
 def sample(

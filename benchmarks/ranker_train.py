@@ -419,14 +419,19 @@ def measure_all(flags: argparse.Namespace) -> Iterator[Row]:
             yield measure(Work(setup, verbalizer, data, flags.batch_size, device), flags.rounds)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure what the flags select."""
-    parser = make_parser(__doc__)
+def add_work_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what to train on, with which models, where."""
     add_data_flags(parser)
     parser.add_argument("--datasets", nargs="+", default=["games", "ml-100k"], choices=DATASETS)
     parser.add_argument("--verbalizers", nargs="+", default=["letters"], choices=TRAININGS)
     add_model_flags(parser)
     add_device_flag(parser)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what the flags select."""
+    parser = make_parser(__doc__)
+    add_work_flags(parser)
     parser.add_argument(
         "--batch_size", type=int, default=4, help="prompts or documents per step (default: 4)"
     )

@@ -29,10 +29,7 @@ import torch
 from peft import PeftModel
 
 from benchmarks.common import (
-    DATASETS,
     Row,
-    add_data_flags,
-    add_device_flag,
     load_data,
     make_parser,
     matmul_rate,
@@ -40,8 +37,8 @@ from benchmarks.common import (
     run,
     seconds,
 )
-from benchmarks.language_models import add_model_flags, prepare
-from benchmarks.ranker_train import EXAMPLES, OURS, TRAININGS, Training, Work
+from benchmarks.language_models import prepare
+from benchmarks.ranker_train import EXAMPLES, OURS, TRAININGS, Training, Work, add_work_flags
 from model.language_model import (
     activation_bytes_per_token,
     add_lora,
@@ -246,11 +243,7 @@ def measure_all(flags: argparse.Namespace) -> Iterator[Row]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure what the flags select."""
     parser = make_parser(__doc__)
-    add_data_flags(parser)
-    parser.add_argument("--datasets", nargs="+", default=["games", "ml-100k"], choices=DATASETS)
-    parser.add_argument("--verbalizers", nargs="+", default=["letters"], choices=TRAININGS)
-    add_model_flags(parser)
-    add_device_flag(parser)
+    add_work_flags(parser)
     parser.add_argument("--batch_size", type=int, default=16, help="examples per step")
     parser.add_argument("--steps", type=int, default=3, help="measured steps per variant")
     parser.add_argument(

@@ -115,7 +115,7 @@ def dequantize(model: nn.Module) -> None:
 
 
 def dequantize_for_inference(model: PeftModel) -> None:
-    """``dequantize`` a model on CUDA that is no longer trained, if it leaves half of the memory."""
+    """Call ``dequantize`` after training, on CUDA, if half of the free memory is left then."""
     needed = sum(
         layer.in_features * layer.out_features * layer.compute_dtype.itemsize
         for _, _, layer in _quantized_layers(model)

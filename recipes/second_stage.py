@@ -95,9 +95,10 @@ class Ranker:
         accelerator = make_accelerator(device, config.seed)
         self.device = accelerator.device
         self.model = load_model(language_model, config, accelerator)
-        with advice("run train_ranker.py again"), reading(run_dir / FUSION):
+        with advice("run train_ranker.py again"):
             load_adapter(self.model, run_dir / ADAPTER)
-            self.fusion = Fusion(read_json(run_dir / FUSION)["weights"]["fused"])
+            with reading(run_dir / FUSION):
+                self.fusion = Fusion(read_json(run_dir / FUSION)["weights"]["fused"])
         dequantize_for_inference(self.model)
         self.verbalizer = build_verbalizer(config, data, {}, language_model, self.device, prompts)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -21,9 +22,10 @@ def make_prompts(
     *,
     max_text_len: int = 512,
     max_response_len: int = 100,
+    builder: type[IdPrompts] = IdPrompts,
 ) -> IdPrompts:
     """Make the prompt builder of a data set."""
-    return IdPrompts(
+    return builder(
         tokenizer,
         num_users=data.num_users,
         num_items=data.num_items,
@@ -33,22 +35,7 @@ def make_prompts(
     )
 
 
-def make_published_prompts(
-    tokenizer: Tokenizer,
-    data: SequenceDataset,
-    *,
-    max_text_len: int = 512,
-    max_response_len: int = 100,
-) -> PublishedPrompts:
-    """Make the published prompt builder of a data set."""
-    return PublishedPrompts(
-        tokenizer,
-        num_users=data.num_users,
-        num_items=data.num_items,
-        eos_id=EOS,
-        max_text_len=max_text_len,
-        max_response_len=max_response_len,
-    )
+make_published_prompts = partial(make_prompts, builder=PublishedPrompts)
 
 
 def shift_held_out(data: SequenceDataset, splits: Iterable[str]) -> SequenceDataset:
