@@ -63,7 +63,11 @@ class IdPrompts:
     ) -> None:
         self.tokenizer, self.eos_id = tokenizer, eos_id
         self.max_text_len, self.max_response_len = max_text_len, max_response_len
-        users = range(1, num_users + 1)
+        self._encode_numbers(num_users, num_items)
+
+    def _encode_numbers(self, num_users: int, num_items: int) -> None:
+        """Tokenize what prompts and responses consist of."""
+        tokenizer, users = self.tokenizer, range(1, num_users + 1)
         encodings = tokenizer.encode_batch([_HISTORY.format(user=user) for user in users])
         self._heads = [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
         self._requests = encode_pieces(tokenizer, [_REQUEST.format(user=user) for user in users])
@@ -124,21 +128,12 @@ class PublishedPrompts(IdPrompts):
 
     prefix = "i"
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        *,
-        num_users: int,
-        num_items: int,
-        eos_id: int,
-        max_text_len: int,
-        max_response_len: int,
-    ) -> None:
-        self.tokenizer, self.eos_id = tokenizer, eos_id
-        self.max_text_len, self.max_response_len = max_text_len, max_response_len
+    def _encode_numbers(self, num_users: int, num_items: int) -> None:
+        """Tokenize the items; prompts are tokenized as a whole."""
         names = [f"i{n}" for n in range(1, num_items + 1)]
         self.first_items = [np.zeros(0, np.int64), *map(self._encode_response_text, names)]
-        self.later_items = encode_pieces(tokenizer, ["", *(f",{name}" for name in names)], "i1")
+        pieces = ["", *(f",{name}" for name in names)]
+        self.later_items = encode_pieces(self.tokenizer, pieces, "i1")
 
     def encode(self, user: int, history: Sequence[int] | np.ndarray) -> np.ndarray:
         """Token ids (length,) int64 of the prompt, including prepended special tokens."""
