@@ -21,7 +21,14 @@ from flags import flags_of
 from model.hub import CHAT_MODEL, LARGE_MODEL
 from process import check_device
 from recipes.language_model import LanguageModel, find_language_model
-from recipes.runs import check_examples, check_replaceable, load_data, locked, run_fingerprint
+from recipes.runs import (
+    check_examples,
+    check_replaceable,
+    describe_data,
+    load_data,
+    locked,
+    run_fingerprint,
+)
 from storage import read_json, reading
 from trainer.run_folder import CHECKPOINT, CONFIG, RunFolder
 
@@ -34,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(AugmentationConfig, argv, __doc__, preset=augmentation_preset)
     check_device(config.device)
     data = load_data(config)
+    describe_data(data, config.ties)
     check_examples(data)
     retriever = read_retriever(config, data)
     run_dir = config.run_dir(data.code)

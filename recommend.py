@@ -109,9 +109,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_single_process()
     check_device(flags.device)
     settings = finished_settings(Path(flags.run))
-    with redirect_stdout(sys.stderr):
-        config = data_config(Path(flags.run), settings, flags.data_root, flags.cache_root)
-        data = load_data(config)
+    config = data_config(Path(flags.run), settings, flags.data_root, flags.cache_root)
+    data = load_data(config)
     check_k(flags, settings, data)
     if flags.input:
         fill_table(flags, config, data)

@@ -11,7 +11,7 @@ import argparse
 import io
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr
 from pathlib import Path
 
 from cli import Parser, run_main
@@ -102,7 +102,7 @@ def load_datasets(runs: Sequence[Run]) -> dict[str, SequenceDataset]:
             continue
         try:
             config = data_config(run.folder, run.settings, None, None)
-            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            with redirect_stderr(io.StringIO()):
                 data = load_data(config)
         except UserError:
             continue

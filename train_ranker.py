@@ -20,7 +20,14 @@ from flags import reread
 from process import check_device, check_single_process
 from recipes.language_model import LanguageModel, find_language_model
 from recipes.prompts import build_prompts, note_few_items
-from recipes.runs import check_examples, check_replaceable, load_data, locked, run_fingerprint
+from recipes.runs import (
+    check_examples,
+    check_replaceable,
+    describe_data,
+    load_data,
+    locked,
+    run_fingerprint,
+)
 from storage import read_json, reading
 from trainer.run_folder import CONFIG, LOG, RunFolder
 
@@ -44,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.dry_run:
         check_single_process()
     data = load_data(config)
+    describe_data(data, config.ties)
     config = config.with_retriever(data.code)
     check_examples(data)
     candidates = read_candidates(config, data)

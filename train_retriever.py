@@ -19,6 +19,7 @@ from model.hub import content_hash
 from process import check_device, check_single_process
 from recipes.runs import (
     check_replaceable,
+    describe_data,
     find_encoder,
     load_data,
     locked,
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.search or config.dry_run:
         check_single_process()  # a search runs points side by side instead
     data = load_data(config)
+    describe_data(data, config.ties)
     check_sizes(config, data)
     augmented = read_augmented(config, data)
     inputs = fingerprint_inputs(config, augmented)

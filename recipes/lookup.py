@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 from rapidfuzz import fuzz, process, utils
 
 from datasets import SequenceDataset
 from errors import UserError
 
-CERTAIN = 96.0  # of 100; matches below are pointed out; 95 is a title with further words
+CERTAIN = 96.0  # of 100; matches below are pointed out
+ALL_WORDS = 95.0  # a title with all words of the query, and others
+PART = 0.9  # a title of which only a part resembles the query
 ACCEPTED = 75.0
 SHOWN = 3
+SHOWN_WIDTH = 60
+YEAR = re.compile(r"\s*\(\d{4}\)$")
 
 
 class Match(NamedTuple):
@@ -32,7 +39,7 @@ class Match(NamedTuple):
 
     @property
     def is_certain(self) -> bool:
-        """Whether the title is what was looked up, but for case and punctuation."""
+        """Whether the title is what was looked up, but for case, punctuation and its year."""
         return self.score >= CERTAIN
 
 
@@ -51,27 +58,45 @@ def find_user(data: SequenceDataset, name: str) -> int:
 
 
 def find_items(data: SequenceDataset, queries: Sequence[str]) -> list[Match]:
-    """Items with the most similar titles.
+    """Items with the most similar titles; of equally similar ones, the most popular.
 
     Raises:
         UserError: no title resembles a query.
     """
-    return [_find_item(data, query) for query in queries]
+    popularity = np.bincount(data.item_ids, minlength=data.num_items + 1)
+    matches = []
+    for query in queries:
+        scores = _similarities(query, data.titles)
+        scores[0] = -1.0  # padding
+        best = np.lexsort((-popularity, -scores))[:SHOWN].tolist()
+        if scores[best[0]] < ACCEPTED:
+            nearest = "; ".join(
+                textwrap.shorten(data.titles[item], SHOWN_WIDTH, placeholder="...")
+                for item in best
+                if item
+            )
+            raise UserError(f"no title in {data.code} resembles {query!r}; the nearest: {nearest}")
+        matches.append(Match(query, best[0], data.titles[best[0]], float(scores[best[0]])))
+    return matches
+
+
+def _similarities(query: str, titles: Sequence[str]) -> np.ndarray:
+    """How similar titles are to a query, 0 to 100 each.
+
+    It is the similarity of the whole title; or of the part most like the query, at a discount. A
+    year at the end counts only if the query has one too.
+    """
+    if not re.search(r"\d{4}\)?$", query):
+        titles = [YEAR.sub("", title) for title in titles]
+    text, texts = _words(query), [_words(title) for title in titles]
+    whole = process.cdist([text], texts, scorer=fuzz.ratio)[0]
+    part = process.cdist([text], texts, scorer=fuzz.partial_ratio)[0]
+    is_longer = np.array([len(title) >= len(text) for title in texts])
+    words = set(text.split())
+    has_all = np.array([words <= set(title.split()) for title in texts]) & bool(words)
+    return np.maximum.reduce([whole, PART * part * is_longer, ALL_WORDS * has_all])
 
 
 def _words(text: str) -> str:
     """The words of a text in lower case, without punctuation."""
     return " ".join(utils.default_process(text).split())
-
-
-def _find_item(data: SequenceDataset, query: str) -> Match:
-    titles = data.titles[1:]
-    found = process.extract(query, titles, scorer=fuzz.WRatio, processor=_words, limit=SHOWN)
-    if not found or found[0][1] < ACCEPTED:
-        nearest = "; ".join(title for title, *_ in found)
-        raise UserError(
-            f"no title in {data.code} resembles {query!r}"
-            + (f"; the nearest: {nearest}" if found else "")
-        )
-    title, score, index = found[0]
-    return Match(query, index + 1, title, score)

@@ -24,7 +24,7 @@ TIED_SHARE = 0.01  # of the users; more are pointed out
 
 
 def load_data(config: CommonConfig) -> SequenceDataset:
-    """Load the data set that the flags select and print its statistics.
+    """Load the data set that the flags select.
 
     Raises:
         UserError: files are missing or cannot be used.
@@ -33,7 +33,7 @@ def load_data(config: CommonConfig) -> SequenceDataset:
         advice("lower --min_uc, --min_sc or --min_rating, or use more data"),
         flag_names(code="dataset_code"),
     ):
-        data = load_dataset(
+        return load_dataset(
             str(config.dataset_code),
             data_root=config.data_root,
             cache_root=config.cache_root,
@@ -41,15 +41,18 @@ def load_data(config: CommonConfig) -> SequenceDataset:
             interactions=config.interactions,
             items=config.items,
         )
+
+
+def describe_data(data: SequenceDataset, ties: str) -> None:
+    """Print the statistics of a data set, and how far its order is arbitrary."""
     print(data.summary())
     if data.num_tied_targets > TIED_SHARE * data.num_users:
-        order = "of their item numbers" if config.ties == "item" else "of the file"
+        order = "of their item numbers" if ties == "item" else "of the file"
         print(
             f"note: for {data.num_tied_targets / data.num_users:.0%} of the users, the test target "
             f"has the same time as the item before; their order is that {order} (--ties)",
             file=sys.stderr,
         )
-    return data
 
 
 def find_encoder(config: RetrieverConfig) -> BaseModel | None:

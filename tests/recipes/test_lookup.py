@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from datasets import SequenceDataset
@@ -9,28 +10,58 @@ from errors import UserError
 from recipes.lookup import find_items, find_user
 from tests.helpers import make_data
 
-TITLES = ["", "Toy Story (1995)", "Halo 3", "Halo: Reach", "The Legend of Zelda"]
+TITLES = [
+    "", "Toy Story (1995)", "Toy Story 2 (1999)", "Halo 3", "Halo: Reach", "The Legend of Zelda",
+    "Father of the Bride (1991)", "It (2017)", "Homeward Bound: The Incredible Journey (1993)",
+    "The Incredibles (2004)", "Halo 2", "The Fellowship of the Ring " + "(Extended Edition) " * 5,
+]  # fmt: skip
+ITEMS = {title: item for item, title in enumerate(TITLES)}
 
 
 @pytest.fixture()
 def data() -> SequenceDataset:
-    return replace(make_data([3, 4, 5], num_items=4), titles=TITLES)
+    data = replace(make_data([3, 4, 5], num_items=len(TITLES) - 1), titles=TITLES)
+    return replace(data, item_ids=np.full_like(data.item_ids, ITEMS["Halo: Reach"]))
 
 
-def test_exact_titles_are_certain(data: SequenceDataset):
-    matches = find_items(data, ["halo 3", "Halo Reach"])
-    assert [match.item for match in matches] == [2, 3]
-    assert all(match.is_certain for match in matches)
+@pytest.mark.parametrize(
+    ("query", "title"),
+    [
+        ("halo 3", "Halo 3"),
+        ("Halo Reach!", "Halo: Reach"),
+        ("toy story", "Toy Story (1995)"),
+        ("toy story 1995", "Toy Story (1995)"),
+        ("toy story 2", "Toy Story 2 (1999)"),
+        ("it", "It (2017)"),
+        ("The Incredible", "The Incredibles (2004)"),
+    ],
+)
+def test_certain(data: SequenceDataset, query: str, title: str):
+    (match,) = find_items(data, [query])
+    assert (match.title, match.item) == (title, ITEMS[title]) and match.is_certain
 
 
-def test_similar_titles_are_found_but_not_certain(data: SequenceDataset):
-    (match,) = find_items(data, ["legend zelda"])
-    assert match.title == "The Legend of Zelda" and not match.is_certain
+@pytest.mark.parametrize(
+    ("query", "title"),
+    [
+        ("legend zelda", "The Legend of Zelda"),  # all words
+        ("bride of the father", "Father of the Bride (1991)"),
+        ("halo", "Halo: Reach"),  # the most popular of three
+        ("felowship of the rng", TITLES[-1]),  # a part
+    ],
+)
+def test_uncertain(data: SequenceDataset, query: str, title: str):
+    (match,) = find_items(data, [query])
+    assert match.title == title and not match.is_certain
 
 
-def test_nothing_similar(data: SequenceDataset):
-    with pytest.raises(UserError, match="no title in test resembles 'xyzzy'"):
-        find_items(data, ["halo 3", "xyzzy"])
+@pytest.mark.parametrize("query", ["xyzzy", "qwerty of the asdf", "it came from the sea", "???"])
+def test_nothing_similar(data: SequenceDataset, query: str):
+    with pytest.raises(UserError) as caught:
+        find_items(data, ["halo 3", query])
+    message = str(caught.value)
+    assert message.startswith(f"no title in test resembles {query!r}; the nearest: ")
+    assert len(message) < 250
 
 
 def test_users(data: SequenceDataset):

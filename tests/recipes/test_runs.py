@@ -1,5 +1,6 @@
 """What decides whether a run may start, resume or replace another."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from flags import flags_of
 from recipes.runs import (
     check_examples,
     check_replaceable,
+    describe_data,
     is_finished,
     load_data,
     locked,
@@ -103,12 +105,23 @@ def test_details_replace_flags():
 # Data -------------------------------------------------------------------------------------------
 
 
-def test_load_data(toy: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_load_data(toy: dict[str, Path], tmp_path: Path):
     files = {name: str(path) for name, path in toy.items()}
     config = RetrieverConfig(dataset_code="custom", cache_root=str(tmp_path), min_uc=12, **files)
     data = load_data(config)
     assert isinstance(data, SequenceDataset) and 0 < data.num_users < 60
-    assert data.summary() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("ties", "order"), [("item", "their item numbers"), ("file", "the file")])
+def test_describe_data(ties: str, order: str, capsys: pytest.CaptureFixture[str]):
+    data = make_data([5] * 200)
+    describe_data(replace(data, num_tied_targets=2), ties)
+    assert tuple(capsys.readouterr()) == (data.summary() + "\n", "")
+    describe_data(replace(data, num_tied_targets=3), ties)
+    printed = capsys.readouterr()
+    assert printed.out == data.summary() + "\n"
+    assert printed.err.startswith("note: for 2% of the users, the test target has the same time")
+    assert f"their order is that of {order} (--ties)" in printed.err
 
 
 def test_load_data_advises(toy: dict[str, Path], tmp_path: Path):
