@@ -254,9 +254,9 @@ def fill_table(flags: argparse.Namespace, config: CommonConfig, data: SequenceDa
             f"{people.first_skipped}",
             file=sys.stderr,
         )
-    seconds = time.monotonic() - start
+    seconds, files = time.monotonic() - start, "file" if record["parts"] == 1 else "files"
     print(
-        f"{record['users']:,} users in {record['parts']:,} files, written to {output} in "
+        f"{record['users']:,} users in {record['parts']:,} {files}, written to {output} in "
         f"{seconds:.0f} s"
     )
 

@@ -23,7 +23,7 @@ from trainer.run_folder import CONFIG
 if TYPE_CHECKING:  # it imports torch
     from recipes.recommend import Recommender
 
-MANIFEST = "recommendations.json"
+MANIFEST = "_recommendations.json"  # readers of a folder of Parquet files skip names with _
 RUN_FILES = (CONFIG, "fusion.json", "test_metrics.json")  # what identifies the run
 
 
@@ -141,7 +141,7 @@ def recommend_to_all(job: Job, people: People, engine: Engine, *, resume: bool) 
         resume: whether to keep the parts that are there.
 
     Returns:
-        The content of ``recommendations.json``.
+        The content of the manifest.
 
     Raises:
         UserError: ``resume``, and the parts are those of another run, input or setting.

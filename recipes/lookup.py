@@ -13,7 +13,7 @@ from rapidfuzz import fuzz, process, utils
 from datasets import SequenceDataset
 from errors import UserError
 
-CERTAIN = 96.0  # of 100; matches below are pointed out
+CERTAIN = 100.0  # matches below are pointed out
 ALL_WORDS = 95.0  # a title with all words of the query, and others
 PART = 0.9  # a title of which only a part resembles the query
 ACCEPTED = 75.0

@@ -10,6 +10,7 @@ import recommend
 from datasets import SequenceDataset
 from errors import UserError
 from recipes import bulk
+from recipes.bulk import MANIFEST
 from recipes.people import People
 from recipes.recommend import Recommender
 from storage import read_json
@@ -47,7 +48,9 @@ def fill(run: Path, source: Path, output: Path, *flags: str) -> pd.DataFrame:
 
 
 def read(output: Path) -> pd.DataFrame:
-    return pd.concat(map(pd.read_parquet, sorted(output.glob("*.parquet"))), ignore_index=True)
+    table = pd.concat(map(pd.read_parquet, sorted(output.glob("*.parquet"))), ignore_index=True)
+    pd.testing.assert_frame_equal(table, pd.read_parquet(output))  # which skips the manifest
+    return table
 
 
 def test_users_of_the_data_set(
@@ -70,7 +73,7 @@ def test_users_of_the_data_set(
     own = found[found["user"] == toy_data.user_names[7]]
     assert own["item"].tolist() == [toy_data.item_names[item] for item in expected]
     assert own["title"].tolist() == [toy_data.titles[item] for item in expected]
-    record = read_json(tmp_path / "out" / "recommendations.json")
+    record = read_json(tmp_path / "out" / MANIFEST)
     assert record["finished"] and record["users"] == 60 and record["skipped"] == 1
 
 
@@ -119,7 +122,7 @@ def test_nobody(retrieved: Path, tmp_path: Path, name: str):
         ["--run", str(retrieved), "--input", str(path), "--output", str(tmp_path / "out"),
          "--device", "cpu"]
     )  # fmt: skip
-    record = read_json(tmp_path / "out" / "recommendations.json")
+    record = read_json(tmp_path / "out" / MANIFEST)
     assert record["finished"] and record["users"] == record["parts"] == 0
 
 
@@ -140,7 +143,7 @@ def test_an_interrupted_table_is_continued(
     with pytest.raises(KeyboardInterrupt):
         fill(retrieved, users, output)
     assert len(list(output.glob("*.parquet"))) == 2
-    assert not read_json(output / "recommendations.json")["finished"]
+    assert not read_json(output / MANIFEST)["finished"]
     monkeypatch.setattr(bulk, "_table", lambda *args: tables.append(args) or make_table(*args))
     with pytest.raises(UserError, match="continue with --resume or replace them with --overwrite"):
         fill(retrieved, users, output)
