@@ -36,6 +36,12 @@ class Interactions(NamedTuple):
         """SHA-256 of users and items."""
         return hashlib.sha256(self.users.tobytes() + self.items.tobytes()).hexdigest()
 
+    def of_users(self, selected: np.ndarray) -> Interactions:
+        """Those of some users (num_users,) bool, who are numbered anew."""
+        kept = selected[self.users]
+        numbers = np.cumsum(selected, dtype=np.int32) - 1
+        return Interactions(numbers[self.users[kept]], self.items[kept])
+
 
 def save_augmented(path: Path, interactions: Interactions, fingerprint: str) -> None:
     """Write the interactions and the fingerprint of their data set.

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from augmentation.merge import Interactions, load_augmented
 from config import RankerConfig, RetrieverConfig
 from dataloader.retriever_prior import ItemScores, RetrieverPrior
 from dataloader.sampler import evaluation_loader
 from dataloader.sequences import Histories, Prefixes
 from datasets import SequenceDataset
-from errors import UserError, advice
+from errors import InputError, UserError, advice, flag_names
 from evaluation.sweep import sweep
 from flags import flags_of, reread
 from model.base import Retriever
@@ -55,13 +56,14 @@ def training_prior(
         settings = retriever_config(config)
         steps = best_step(config.retrieved_dir, settings.best_metric)
         settings = replace(settings, max_steps=steps)
+    augmented = generated_interactions(config.retrieved_dir, settings, data)
     prefixes = np.searchsorted(data.training_prefixes()[1], interactions)
     fold_of = user_folds(data.num_users, config.folds, settings.seed)
     layer_of = fold_of[np.searchsorted(data.offsets, interactions, side="right") - 1]
     encodings = np.zeros((len(interactions), settings.hidden_units), np.float32)
     layers = []
     for fold in range(config.folds):
-        retriever = fold_retriever(config, settings, data, fold_of, fold).to(device)
+        retriever = fold_retriever(config, settings, data, augmented, fold_of, fold).to(device)
         own = np.flatnonzero(layer_of == fold)
         if len(own):
             examples = Prefixes(data, retriever.spec.max_len, retriever.spec.mask_token)
@@ -108,7 +110,25 @@ def retriever_config(config: RankerConfig) -> RetrieverConfig:
     with reading(path):
         known = reread(RetrieverConfig, {name: settings[name] for name in names})
     here = {name: getattr(config, name) for name in INHERITED}
-    return RetrieverConfig(**known | here | {"search": False, "augmented": None})
+    return RetrieverConfig(**known | here | {"search": False})
+
+
+def generated_interactions(
+    run_dir: Path, settings: RetrieverConfig, data: SequenceDataset
+) -> Interactions | None:
+    """The generated interactions that a finished run was trained on, if any.
+
+    Raises:
+        UserError: they are not there any more, or others are.
+    """
+    if settings.augmented is None:
+        return None
+    folder = Path(settings.augmented)
+    with flag_names(folder="augmented"), advice(RETRAIN):
+        augmented = load_augmented(folder, data)
+        if augmented.fingerprint() != read_json(run_dir / CONFIG).get("augmented_fingerprint"):
+            raise InputError(f"{folder} has changed since {run_dir} was trained")
+    return augmented
 
 
 def user_folds(num_users: int, folds: int, seed: int) -> np.ndarray:
@@ -131,6 +151,7 @@ def fold_retriever(
     config: RankerConfig,
     settings: RetrieverConfig,
     data: SequenceDataset,
+    augmented: Interactions | None,
     fold_of: np.ndarray,
     fold: int,
 ) -> Retriever:
@@ -140,6 +161,7 @@ def fold_retriever(
         config: all settings.
         settings: those of the retriever, with the steps that it was trained for.
         data: the data set.
+        augmented: generated interactions that the retriever was trained on as well.
         fold_of: (num_users,) fold of each user.
         fold: the fold.
 
@@ -163,7 +185,11 @@ def fold_retriever(
         use_tensorboard=False,
         overwrite=False,
     )
-    fingerprint = run_fingerprint(settings, {}, data, np.packbits(others).tobytes())
+    inputs = [np.packbits(others).tobytes()]
+    if augmented:
+        augmented = augmented.of_users(others)
+        inputs.append(augmented.fingerprint().encode())
+    fingerprint = run_fingerprint(settings, {}, data, *inputs)
     run = RunFolder(path, (WEIGHTS,), fingerprint)
     # The caller's random state must not depend on whether a retriever is trained or found.
     with locked(run), torch.random.fork_rng():
@@ -171,7 +197,7 @@ def fold_retriever(
             print(f"retriever without fold {fold + 1} of {config.folds} of the users, in {path}")
             settings = replace(settings, resume=run.holds_this())
             encoder = find_encoder(settings)
-            trainer, _ = set_up(settings, users_of(data, others), run, None, encoder)
+            trainer, _ = set_up(settings, users_of(data, others), run, augmented, encoder)
             trainer.fit(settings.resume)
             close_run(run, trainer.log, {})
     return load_retriever(path, data.num_items)

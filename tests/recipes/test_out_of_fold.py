@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from augmentation.merge import AUGMENTED_FILE, Interactions, save_augmented
 from config import RankerConfig
 from dataloader.retriever_prior import RetrieverPrior
 from datasets import SequenceDataset
@@ -75,6 +76,36 @@ def test_no_retriever_has_seen_the_users_it_encodes(
     users = np.searchsorted(toy_data.offsets, prior.keys, side="right") - 1
     for user, layer in zip(users, prior.layer_of):
         assert toy_data.user_names[user] not in trained_on[layer]
+
+
+def test_generated_interactions_of_the_other_users(
+    run: Path, toy_data: SequenceDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    users = np.arange(toy_data.num_users, dtype=np.int32).repeat(2)
+    generated = Interactions(users, np.arange(len(users), dtype=np.int32) % 40 + 1)
+    save_augmented(tmp_path / AUGMENTED_FILE, generated, toy_data.fingerprint)
+    settings = read_json(run / "config.json") | {"augmented": str(tmp_path)}
+    settings["augmented_fingerprint"] = generated.fingerprint()
+    write_json(run / "config.json", settings)
+    trained_on: list[tuple[str, int]] = []
+    set_up = fit_retriever.set_up
+
+    def recorded(settings: Any, data: SequenceDataset, run: Any, augmented: Any, *args: Any) -> Any:
+        names = [data.user_names[user] for user in augmented.users]
+        trained_on.extend(zip(names, augmented.items.tolist()))
+        assert set(names) == set(data.user_names)
+        return set_up(settings, data, run, augmented, *args)
+
+    monkeypatch.setattr(out_of_fold, "set_up", recorded)
+    prior_of(run, toy_data)
+    expected = [(toy_data.user_names[user], item) for user, item in zip(*generated)]
+    assert sorted(trained_on) == sorted(expected)  # each user's in one of the two folds
+    write_json(run / "config.json", settings | {"augmented_fingerprint": "other"})
+    with pytest.raises(UserError, match=r"has changed since .*: run train_retriever\.py again"):
+        prior_of(run, toy_data)
+    (tmp_path / AUGMENTED_FILE).unlink()
+    with pytest.raises(UserError, match=r"--augmented .*: no augmented\.npz there; run train_r"):
+        prior_of(run, toy_data)
 
 
 def test_probabilities_are_those_of_the_folds_retriever(run: Path, toy_data: SequenceDataset):
