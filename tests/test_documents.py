@@ -23,6 +23,7 @@ from config import (
 from tests.helpers import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+PICTURES = sorted((ROOT / "docs" / "images").glob("*.svg"))
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -99,10 +100,11 @@ def test_commands(words: list[str], capsys: pytest.CaptureFixture[str]):
     assert not capsys.readouterr().err, "a flag has no effect"
 
 
-def test_the_picture_of_the_two_stages():
-    script = ROOT / "docs" / "images" / "two_stages.py"
+@pytest.mark.parametrize("picture", PICTURES, ids=lambda picture: picture.stem)
+def test_pictures_are_those_of_their_scripts(picture: Path):
+    script = picture.with_name(picture.stem.replace("-", "_") + ".py")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
-    assert done.stdout == script.with_name("two-stages.svg").read_text()
+    assert done.stdout == picture.read_text()
 
 
 def test_the_website_has_every_page():
