@@ -1,4 +1,4 @@
-"""Tables 1 to 3 of the paper beside the runs under ``experiments/``, and learning curves.
+"""Tables 1 to 4 of the paper beside the runs under ``experiments/``, and learning curves.
 
 Example:
     python report.py
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 from cli import Parser, run_main
 from datasets import SequenceDataset
@@ -30,10 +32,11 @@ from reporting.runs import (
 )
 from reporting.statistics import compare
 from reporting.tables import comparison_line, report_text
-from storage import atomic_path, read_json
+from storage import atomic_path, read_json, reading
 
 PAPER = Path(__file__).parent / "experiments" / "paper.json"
 REPAIR = "run it again"
+INFERENCE = "ranker_inference.json"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -88,10 +91,24 @@ def write_report(root: Path) -> str:
         with atomic_path(root / "report.md") as temporary:
             temporary.write_text(text, encoding="utf-8")
         draw(recipes, paper["all_users"], root / "report.png")
-        page = report_page(recipes, paper, load_datasets(runs), f"Runs in {root}")
+        inference = read_inference(root / INFERENCE)
+        page = report_page(recipes, paper, load_datasets(runs), f"Runs in {root}", inference)
         with atomic_path(root / "report.html") as temporary:
             temporary.write_text(page, encoding="utf-8")
     return text
+
+
+def read_inference(path: Path) -> dict[str, Any] | None:
+    """What ``benchmarks.ranker_inference`` printed, if it was kept.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    if not path.exists():
+        return None
+    with reading(path):
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+        return result
 
 
 def load_datasets(runs: Sequence[Run]) -> dict[str, SequenceDataset]:

@@ -40,7 +40,7 @@ USERS = 256  # of the retriever's probe
 RANKED_USERS = 32
 PROMPTS = 1000
 # Not shown of config.json: where the run comes from, and what is not that of the whole run.
-HIDDEN = ("commit", "fingerprint", "results_format", "retriever", "torch", "total_steps")
+HIDDEN = ("command", "commit", "fingerprint", "results_format", "retriever", "torch", "total_steps")
 ConfigT = TypeVar("ConfigT", bound=CommonConfig)
 
 
