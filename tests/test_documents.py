@@ -20,7 +20,7 @@ from config import (
     ranker_preset,
     retriever_preset,
 )
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run_script
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 PICTURES = sorted((ROOT / "docs" / "images").glob("*.svg"))
@@ -44,6 +44,21 @@ def test_links(page: Path):
         target = page.parent / name if name else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+def test_own_data_of_ten_lines(tmp_path: Path):
+    text = (ROOT / "docs" / "own-data.md").read_text()
+    log, titles = re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    (tmp_path / "log.csv").write_text(log)
+    (tmp_path / "titles.csv").write_text(titles)
+    flags = next(commands(ROOT / "docs" / "own-data.md"))[1:]
+    done = run_script("train_retriever.py", *flags, "--cache_root", "cache", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "experiments" / "lru").iterdir()
+    assert (
+        len(log.splitlines()) == 1 + 10
+        and f"recommend.py --run experiments/smollm2-135m/{run.name}" in text
+    )
 
 
 PLACEHOLDERS = {"X": "games", "$seed": "42"}
