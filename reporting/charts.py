@@ -113,7 +113,7 @@ def groups_chart(groups: Sequence[Group], what: str, metric: str) -> str:
         labels = [f"{group.label}\n{group.num_users:,} users" for group in groups]
         axis.set_xticks(range(len(groups)), labels)
         axis.set(xlabel=what, ylabel=f"test {metric}", ylim=(0, None))
-        axis.legend(fontsize=9)
+        figure.legend(loc="outside upper center", ncols=len(names), fontsize=9)
         return _svg(figure)
 
 
@@ -128,7 +128,7 @@ def letters_chart(letters: Letters) -> str:
             axis.plot(positions, shares, marker, color=color, label=LETTER_LABELS[name])
         axis.set_xticks(positions, [chr(ord("A") + index) for index in positions])
         axis.set(xlabel="letter, in the retriever's order", ylabel="share of users", ylim=(0, None))
-        axis.legend(fontsize=9)
+        figure.legend(loc="outside upper center", ncols=3, fontsize=9)
         return _svg(figure)
 
 
