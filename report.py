@@ -37,6 +37,7 @@ from storage import atomic_path, read_json, reading
 PAPER = Path(__file__).parent / "experiments" / "paper.json"
 REPAIR = "run it again"
 INFERENCE = "ranker_inference.json"
+INFERENCE_COLUMNS = ("model", "title_tokens", "generation_s", "letters_s", "titles_s")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -98,17 +99,17 @@ def write_report(root: Path) -> str:
     return text
 
 
-def read_inference(path: Path) -> dict[str, Any] | None:
-    """What ``benchmarks.ranker_inference`` printed, if it was kept.
+def read_inference(path: Path) -> list[dict[str, Any]]:
+    """The rows that ``benchmarks.ranker_inference`` printed, if they were kept.
 
     Raises:
         InputError: the file is damaged.
     """
     if not path.exists():
-        return None
+        return []
     with reading(path):
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
-        return result
+        result = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+        return [{name: row[name] for name in INFERENCE_COLUMNS} for row in result["rows"]]
 
 
 def load_datasets(runs: Sequence[Run]) -> dict[str, SequenceDataset]:

@@ -13,6 +13,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dataloader.prompt import LETTERS
 from reporting.runs import Recipe
 from reporting.second_stage import Group, Letters
 from reporting.statistics import summarize
@@ -126,7 +127,7 @@ def letters_chart(letters: Letters) -> str:
         for index, (name, shares) in enumerate(letters._asdict().items()):
             color, marker = COLORS[index], MARKERS[index]
             axis.plot(positions, shares, marker, color=color, label=LETTER_LABELS[name])
-        axis.set_xticks(positions, [chr(ord("A") + index) for index in positions])
+        axis.set_xticks(positions, LETTERS[: len(positions)])
         axis.set(xlabel="letter, in the retriever's order", ylabel="share of users", ylim=(0, None))
         figure.legend(loc="outside upper center", ncols=3, fontsize=9)
         return _svg(figure)

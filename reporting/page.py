@@ -55,7 +55,7 @@ def report_page(
     paper: Mapping[str, Any],
     datasets: Mapping[str, SequenceDataset],
     title: str,
-    inference: Mapping[str, Any] | None = None,
+    inference: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The whole page.
 
@@ -65,7 +65,7 @@ def report_page(
         datasets: the data sets that could be loaded, by code. Without them, the page has no
             titles, and no metrics by length of the history or popularity.
         title: its title.
-        inference: the result of ``benchmarks.ranker_inference``, for Figure 3.
+        inference: the rows of ``benchmarks.ranker_inference``, for Figure 3.
     """
     folder = Path(__file__).parent
     environment = Environment(
@@ -76,7 +76,7 @@ def report_page(
         _dataset_part(code, of_dataset, paper, datasets.get(code))
         for code, of_dataset in recipes.items()
     ]
-    figure = inference and inference_chart(inference["rows"], paper["generation_s"])
+    figure = inference_chart(inference, paper["generation_s"]) if inference else ""
     return environment.get_template(TEMPLATE).render(title=title, datasets=parts, inference=figure)
 
 

@@ -146,9 +146,10 @@ def test_figure_3(write_retriever: Callable[..., Path], tmp_path: Path):
     report.write_report(tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "(Figure 3)" in page and "tiny, letters, one forward pass" in page
-    path.write_text("no JSON")
-    with pytest.raises(UserError, match=r"ranker_inference\.json is damaged"):
-        report.write_report(tmp_path)
+    for damaged in ("no JSON", "", "{}", '{"rows": [{}]}'):
+        path.write_text(damaged)
+        with pytest.raises(UserError, match=r"ranker_inference\.json is damaged"):
+            report.write_report(tmp_path)
 
 
 def test_table_4_and_the_size_beside_the_papers(write_ranker: Callable[..., Path], tmp_path: Path):
