@@ -42,6 +42,7 @@ format: $(VENV)/.installed-dev
 # The pages as a website, in docs/_build.
 docs: $(VENV)/.installed-docs
 	$(PY) -m sphinx -W --keep-going -q -c docs . docs/_build
+	@echo "the first page is docs/_build/docs/index.html"
 
 clean:
 	rm -rf $(VENV)

@@ -121,6 +121,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with redirect_stdout(sys.stderr):
         recommender = Recommender(Path(flags.run), data, flags.device, flags.llm_base_model)
+        if flags.explain and recommender.ranker is None:
+            print("note: --explain has no effect, since the run has no language model")
     if query:
         answer(recommender, query, flags)
     else:
@@ -250,14 +252,14 @@ def fill_table(flags: argparse.Namespace, config: CommonConfig, data: SequenceDa
     if people.num_skipped:
         what = "without a known item" if people.has_interactions else "not in the data set"
         print(
-            f"note: {people.num_skipped:,} users are {what} and left out, the first: "
+            f"note: users {what} are left out: {people.num_skipped:,}, the first: "
             f"{people.first_skipped}",
             file=sys.stderr,
         )
-    seconds, files = time.monotonic() - start, "file" if record["parts"] == 1 else "files"
+    seconds = time.monotonic() - start
     print(
-        f"{record['users']:,} users in {record['parts']:,} {files}, written to {output} in "
-        f"{seconds:.0f} s"
+        f"written to {output} in {seconds:.0f} s: users {record['users']:,}, files "
+        f"{record['parts']:,}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Tables 1 to 3 of the paper beside the runs under ``experiments/``, and learning curves.
+"""Tables 1 to 4 of the paper beside the runs under ``experiments/``, and learning curves.
 
 Example:
     python report.py
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
+from typing import Any
 
 from cli import Parser, run_main
 from datasets import SequenceDataset
@@ -30,10 +32,12 @@ from reporting.runs import (
 )
 from reporting.statistics import compare
 from reporting.tables import comparison_line, report_text
-from storage import atomic_path, read_json
+from storage import atomic_path, read_json, reading
 
 PAPER = Path(__file__).parent / "experiments" / "paper.json"
 REPAIR = "run it again"
+INFERENCE = "ranker_inference.json"
+INFERENCE_COLUMNS = ("model", "title_tokens", "generation_s", "letters_s", "titles_s")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -88,10 +92,24 @@ def write_report(root: Path) -> str:
         with atomic_path(root / "report.md") as temporary:
             temporary.write_text(text, encoding="utf-8")
         draw(recipes, paper["all_users"], root / "report.png")
-        page = report_page(recipes, paper, load_datasets(runs), f"Runs in {root}")
+        inference = read_inference(root / INFERENCE)
+        page = report_page(recipes, paper, load_datasets(runs), f"Runs in {root}", inference)
         with atomic_path(root / "report.html") as temporary:
             temporary.write_text(page, encoding="utf-8")
     return text
+
+
+def read_inference(path: Path) -> list[dict[str, Any]]:
+    """The rows that ``benchmarks.ranker_inference`` printed, if they were kept.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    if not path.exists():
+        return []
+    with reading(path):
+        result = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+        return [{name: row[name] for name in INFERENCE_COLUMNS} for row in result["rows"]]
 
 
 def load_datasets(runs: Sequence[Run]) -> dict[str, SequenceDataset]:

@@ -9,5 +9,6 @@ root_doc = "docs/index"
 html_theme = "furo"
 html_title = "LlamaRec"
 html_copy_source = False
+html_show_copyright = False
 myst_heading_anchors = 4  # as on GitHub
 myst_fence_as_directive = ["mermaid"]

@@ -40,7 +40,7 @@ USERS = 256  # of the retriever's probe
 RANKED_USERS = 32
 PROMPTS = 1000
 # Not shown of config.json: where the run comes from, and what is not that of the whole run.
-HIDDEN = ("commit", "fingerprint", "results_format", "retriever", "torch", "total_steps")
+HIDDEN = ("command", "commit", "fingerprint", "results_format", "retriever", "torch", "total_steps")
 ConfigT = TypeVar("ConfigT", bound=CommonConfig)
 
 
@@ -160,10 +160,12 @@ def peak_memory(device: torch.device) -> int:
 def show_settings(config: ConfigT, trial_config: ConfigT, record: Mapping[str, Any]) -> None:
     """Print what would be in ``config.json``, given that of the trial."""
     own, of_trial = asdict(config), asdict(trial_config)
-    for name, value in record.items():
-        if name not in HIDDEN:
-            same = name not in own or own[name] == of_trial[name]
-            print(f"  {name:<24} {value if same else own[name]}")
+    shown = {name: value for name, value in record.items() if name not in HIDDEN}
+    width = max(map(len, shown))
+    for name, value in shown.items():
+        same = name not in own or own[name] == of_trial[name]
+        text = str(value if same else own[name]).replace("\n", "\\n")
+        print(f"  {name:<{width}} {text}")
 
 
 def show(
@@ -193,7 +195,7 @@ def show(
         f"time: about {duration(sum(parts.values()))} ({shown}){early}\n"
         f"memory: {peak_memory(trainer.accelerator.device) / 2**30:.1f} GiB at most so far on "
         f"{trainer.accelerator.device}\n"
-        "Nothing was written."
+        "Nothing was written but downloads and caches."
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -188,6 +190,7 @@ def _prepare_folder(run: RunFolder, settings: Mapping[str, Any], resumed: bool) 
             "results_format": RESULTS_FORMAT,
             "torch": torch.__version__,
             "commit": _commit(),
+            "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         }
         write_json(path, dict(settings) | origin)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dataloader.prompt import LETTERS
 from reporting.runs import Recipe
-from reporting.second_stage import Group
+from reporting.second_stage import Group, Letters
 from reporting.statistics import summarize
 
 # Text and axes are drawn in a color that nothing else has, which becomes that of the page's text.
@@ -29,6 +31,17 @@ STYLE: Any = {
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 SHORT_CURVE = 2  # fewer validations are no curve
+LETTER_LABELS = {
+    "targets": "is the target's",
+    "chosen": "is chosen",
+    "accuracy": "is chosen, of those whose target it is",
+}
+INFERENCE_WAYS = {
+    "generation": "generation",
+    "letters": "letters, one forward pass",
+    "titles": "titles, one forward pass",
+}
+PAPER_TITLE_TOKENS = 20
 
 
 def means_chart(recipes: Sequence[Recipe], metric: str, paper: Mapping[str, float]) -> str:
@@ -50,7 +63,8 @@ def means_chart(recipes: Sequence[Recipe], metric: str, paper: Mapping[str, floa
                 axis.plot(paper[recipe.model], row, "x", color=COLORS[1], markersize=8)
         axis.set_yticks(range(len(recipes)), [recipe.name for recipe in recipes])
         axis.set_ylim(len(recipes) - 0.5, -0.5)
-        axis.set_xlabel(f"test {metric}, all users, with 95% intervals; crosses: the paper")
+        crosses = "; crosses: the paper" if paper else ""
+        axis.set_xlabel(f"test {metric}, all users, with 95% intervals{crosses}")
         return _svg(figure)
 
 
@@ -100,6 +114,48 @@ def groups_chart(groups: Sequence[Group], what: str, metric: str) -> str:
         labels = [f"{group.label}\n{group.num_users:,} users" for group in groups]
         axis.set_xticks(range(len(groups)), labels)
         axis.set(xlabel=what, ylabel=f"test {metric}", ylim=(0, None))
+        figure.legend(loc="outside upper center", ncols=len(names), fontsize=9)
+        return _svg(figure)
+
+
+def letters_chart(letters: Letters) -> str:
+    """How often a letter is the target's, is chosen, and is chosen where it is the target's."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8, 3), layout="constrained")
+        axis = figure.subplots()
+        positions = np.arange(len(letters.targets))
+        for index, (name, shares) in enumerate(letters._asdict().items()):
+            color, marker = COLORS[index], MARKERS[index]
+            axis.plot(positions, shares, marker, color=color, label=LETTER_LABELS[name])
+        axis.set_xticks(positions, LETTERS[: len(positions)])
+        axis.set(xlabel="letter, in the retriever's order", ylabel="share of users", ylim=(0, None))
+        figure.legend(loc="outside upper center", ncols=3, fontsize=9)
+        return _svg(figure)
+
+
+def inference_chart(rows: Sequence[Mapping[str, Any]], paper_s: float) -> str:
+    """Seconds a user against the length of titles, for each way to rank; crosses: the paper.
+
+    Args:
+        rows: the rows of ``benchmarks.ranker_inference``.
+        paper_s: the paper's seconds of generation at titles of 20 tokens.
+    """
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8, 3.4), layout="constrained")
+        axis = figure.subplots()
+        models = list(dict.fromkeys(row["model"] for row in rows))
+        for index, (model, way) in enumerate(product(models, INFERENCE_WAYS)):
+            own = [row for row in rows if row["model"] == model]
+            lengths = [row["title_tokens"] for row in own]
+            color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+            label = f"{model}, {INFERENCE_WAYS[way]}"
+            axis.plot(
+                lengths, [row[f"{way}_s"] for row in own], color=color, marker=marker, label=label
+            )
+        axis.plot(PAPER_TITLE_TOKENS, paper_s, "x", color=INK, label="the paper, generation")
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.set(xlabel="tokens of a title", ylabel="seconds a user")
         axis.legend(fontsize=9)
         return _svg(figure)
 

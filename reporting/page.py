@@ -10,11 +10,25 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from datasets import SequenceDataset
-from reporting.charts import curves_chart, groups_chart, matrix_chart, means_chart
+from reporting.charts import (
+    curves_chart,
+    groups_chart,
+    inference_chart,
+    letters_chart,
+    matrix_chart,
+    means_chart,
+)
 from reporting.runs import RANKER, Recipe, Run
-from reporting.second_stage import Effect, examples, find_effects, groups, user_properties
+from reporting.second_stage import (
+    Effect,
+    examples,
+    find_effects,
+    groups,
+    letters,
+    user_properties,
+)
 from reporting.statistics import summarize
-from reporting.tables import METRICS, count_seeds, effect_rows
+from reporting.tables import LANGUAGE_MODEL_METRICS, METRICS, count_seeds, effect_rows
 
 TEMPLATE = "report.html.j2"
 METRIC, METRIC_NAME, METRIC_K = "NDCG@10", "NDCG", 10
@@ -41,6 +55,7 @@ def report_page(
     paper: Mapping[str, Any],
     datasets: Mapping[str, SequenceDataset],
     title: str,
+    inference: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The whole page.
 
@@ -50,6 +65,7 @@ def report_page(
         datasets: the data sets that could be loaded, by code. Without them, the page has no
             titles, and no metrics by length of the history or popularity.
         title: its title.
+        inference: the rows of ``benchmarks.ranker_inference``, for Figure 3.
     """
     folder = Path(__file__).parent
     environment = Environment(
@@ -60,7 +76,8 @@ def report_page(
         _dataset_part(code, of_dataset, paper, datasets.get(code))
         for code, of_dataset in recipes.items()
     ]
-    return environment.get_template(TEMPLATE).render(title=title, datasets=parts)
+    figure = inference_chart(inference, paper["generation_s"]) if inference else ""
+    return environment.get_template(TEMPLATE).render(title=title, datasets=parts, inference=figure)
 
 
 def _dataset_part(
@@ -77,16 +94,8 @@ def _dataset_part(
     curves = ((caption, curves_chart(group, METRIC)) for caption, group in captions if group)
     return {
         "code": code,
-        "size": data.summary().partition(": ")[2] if data else "",
-        "tables": [
-            _table(f"All users (Table 1): {code}", recipes, published, retrieved_only=False),
-            _table(
-                f"Users whose target was retrieved (Table 3): {code}",
-                recipes,
-                paper["retrieved_users"].get(code, {}),
-                retrieved_only=True,
-            ),
-        ],
+        "size": _size(data, paper["statistics"].get(code)) if data else "",
+        "tables": _tables(code, recipes, rankers, paper),
         "means": means_chart(
             recipes, METRIC, {model: values[METRIC] for model, values in published.items()}
         ),
@@ -98,15 +107,51 @@ def _dataset_part(
     }
 
 
+def _size(data: SequenceDataset, published: Mapping[str, float] | None) -> str:
+    """The size of a data set beside the paper's (Table 2)."""
+    size = data.summary().partition(": ")[2]
+    if published is None:
+        return size
+    numbers = "{users:,} users, {items:,} items, mean length {mean_length:.2f}"
+    return f"{size}; the paper (Table 2): {numbers.format(**published)}"
+
+
+def _tables(
+    code: str, recipes: Sequence[Recipe], rankers: Sequence[Recipe], paper: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Tables 1, 3 and, for rankers on data where the paper has it, 4."""
+    models = {recipe.model for recipe in recipes}
+
+    def published(table: str) -> dict[str, Mapping[str, float]]:
+        numbers = paper[table].get(code, {})
+        return {model: numbers[model] for model in numbers if model in models}
+
+    tables = [
+        _table(f"All users (Table 1): {code}", recipes, published("all_users"), METRICS),
+        _table(
+            f"Users whose target was retrieved (Table 3): {code}",
+            recipes,
+            published("retrieved_users"),
+            METRICS[:-1],  # the last, Recall@20, is 1
+            retrieved_only=True,
+        ),
+    ]
+    others = paper["language_models"].get(code)
+    if rankers and others:
+        title = f"Rankers and other language models (Table 4): {code}"
+        tables.append(_table(title, rankers, others, LANGUAGE_MODEL_METRICS))
+    return tables
+
+
 def _table(
     title: str,
     recipes: Sequence[Recipe],
     paper: Mapping[str, Mapping[str, float]],
+    metrics: Sequence[str],
     *,
-    retrieved_only: bool,
+    retrieved_only: bool = False,
 ) -> dict[str, Any]:
-    """Table 1 or 3: a row for each recipe and for the paper's value of each of its models."""
-    metrics = [metric for metric in METRICS if not (retrieved_only and metric == "Recall@20")]
+    """A table with a row for each recipe and each of the paper's models."""
     rows, columns = [], []
     for recipe in recipes:
         found = (summarize(recipe, name, retrieved_only=retrieved_only) for name in metrics)
@@ -119,11 +164,9 @@ def _table(
     for row, means in zip(rows, columns):
         best = [mean == max(column) for mean, column in zip(means, zip(*columns))]
         row.cells[:] = [cell._replace(is_best=value) for cell, value in zip(row.cells, best)]
-    for model in dict.fromkeys(recipe.model for recipe in recipes):
-        if model in paper:
-            numbers = (paper[model].get(name) for name in metrics)
-            cells = [Cell("" if number is None else f"{number:.4f}") for number in numbers]
-            rows.append(Row(f"paper, {model}", cells, is_paper=True))
+    for model, numbers in paper.items():
+        cells = [Cell(f"{numbers[name]:.4f}" if name in numbers else "") for name in metrics]
+        rows.append(Row(f"paper, {model}", cells, is_paper=True))
     return {"title": title, "metrics": metrics, "rows": rows}
 
 
@@ -136,6 +179,7 @@ def _effect_part(effect: Effect, name: str, data: SequenceDataset | None) -> dic
     settings = effect.runs[0].settings
     known = data is not None and data.fingerprint == settings["data_fingerprint"]
     by_group, shown = [], []
+    of_letters = letters(effect)
     if data is not None and known:
         for what, values in user_properties(data).items():
             found = groups(effect, values, METRIC_NAME, METRIC_K)
@@ -148,6 +192,7 @@ def _effect_part(effect: Effect, name: str, data: SequenceDataset | None) -> dic
         "differences": effect_rows(effect),
         "numbers": numbers,
         "matrix": matrix_chart(effect.matrix("two stages")),
+        "letters": letters_chart(of_letters) if of_letters else "",
         "groups": by_group,
         "examples": shown,
     }
@@ -158,5 +203,6 @@ def _run_part(recipe: Recipe, run: Run) -> dict[str, str]:
     return {
         "name": f"{recipe.name}, seed {seed}",
         "folder": str(run.folder),
+        "command": run.settings.get("command", ""),
         "settings": json.dumps(run.settings, indent=2, ensure_ascii=False),
     }

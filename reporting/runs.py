@@ -21,8 +21,8 @@ PAPER_MODELS = {"lru": LRUREC, "sas": "SASRec", "bert": "BERT4Rec", "narm": "NAR
 MODEL_ORDER = (*PAPER_MODELS.values(), RANKER)
 # Entries of config.json that may differ between runs of one recipe.
 NOT_IN_RECIPE = IMMATERIAL_FLAGS | {
-    "seed", "device", "num_processes", "torch", "versions", "commit", "fingerprint", "total_steps",
-    "retrieved_from", "data_code",
+    "seed", "device", "num_processes", "torch", "versions", "commit", "command", "fingerprint",
+    "total_steps", "retrieved_from", "data_code",
 }  # fmt: skip
 SEARCHED = {"weight_decay", "dropout", "attn_dropout"}  # the result of a grid search
 

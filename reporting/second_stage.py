@@ -146,13 +146,17 @@ class Group(NamedTuple):
 def groups(effect: Effect, values: np.ndarray, metric: str, k: int) -> list[Group]:
     """Means of a metric for groups of users of about equal size, by some property.
 
+    Users for whom it is 0 are a group of their own.
+
     Args:
         effect: the ranks.
         values: (num_users,) the property, whole numbers.
         metric: name of the metric.
         k: its cut-off.
     """
-    edges = np.unique(np.quantile(values, np.linspace(0, 1, NUM_GROUPS + 1)[1:], method="lower"))
+    positive, shares = values[values > 0], np.linspace(0, 1, NUM_GROUPS + 1)[1:]
+    quantiles = np.quantile(positive, shares, method="lower") if len(positive) else positive
+    edges = np.unique(np.append(quantiles, values[values == 0]))
     group_of = np.searchsorted(edges, values)
     found = []
     for index in range(len(edges)):
@@ -173,8 +177,65 @@ def user_properties(data: SequenceDataset) -> dict[str, np.ndarray]:
     popularity = data.training_counts()[data.targets("test")]
     return {
         "interactions before the target": np.diff(data.offsets) - 1,
-        "training interactions with the target": popularity,
+        "training interactions with the target (0: a cold item)": popularity,
     }
+
+
+class Letters(NamedTuple):
+    """What a ranker chose among C letters, and where it was right.
+
+    Attributes:
+        targets: (C,) shares of users whose target has the letter.
+        chosen: (C,) shares of users for whom the letter was chosen.
+        accuracy: (C,) shares of right choices where the target has the letter; NaN if it never has.
+    """
+
+    targets: np.ndarray
+    chosen: np.ndarray
+    accuracy: np.ndarray
+
+
+def letters(effect: Effect) -> Letters | None:
+    """Which letters the runs of a ranker chose; None if it reads no letters, or in random orders.
+
+    In evaluation, letters are in the retriever's order.
+
+    Raises:
+        InputError: the rankings or candidates are damaged.
+        UserError: they do not belong together.
+    """
+    settings = effect.runs[0].settings
+    if settings.get("verbalizer") != "letters" or settings.get("permutations") != 1:
+        return None
+    found = []
+    for run, ranks in zip(effect.runs, effect.ranks["retriever"]):
+        users, after, before = _orders(run)
+        found.append(np.stack([ranks[users] - 1, (before == after[:, :1]).argmax(axis=1)]))
+    target, chosen = np.concatenate(found, axis=1)
+    size = before.shape[1]
+    targets, choices, hits = (
+        np.bincount(letter, minlength=size) for letter in (target, chosen, target[target == chosen])
+    )
+    accuracy = np.divide(hits, targets, out=np.full(size, np.nan), where=targets > 0)
+    return Letters(targets / len(target), choices / len(target), accuracy)
+
+
+def _orders(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(n,) retrieved users, (n, C) their candidates in the ranker's order and the retriever's.
+
+    Raises:
+        InputError: the rankings or candidates are damaged.
+        UserError: they do not belong together.
+    """
+    with reading(run.folder / "rankings.npz"):
+        rankings = read_arrays(run.folder / "rankings.npz")
+        users, after = rankings["users"], rankings["items"]
+    source = Path(run.settings["retrieved_from"]) / "candidates.npz"
+    with reading(source):
+        before = read_arrays(source)["test_items"][users]
+    if before.shape != after.shape or (np.sort(before, axis=1) != np.sort(after, axis=1)).any():
+        raise UserError(f"{run.folder} was made with other candidates than {source.parent}")
+    return users, after, before
 
 
 class Example(NamedTuple):
@@ -200,27 +261,18 @@ def examples(effect: Effect, data: SequenceDataset) -> list[Example]:
         InputError: the rankings or candidates are damaged.
         UserError: they do not belong together.
     """
-    run = effect.runs[0]
-    folder = run.folder
-    with reading(folder / "rankings.npz"):
-        rankings = read_arrays(folder / "rankings.npz")
-        users, items = rankings["users"], rankings["items"]
-    source = Path(run.settings["retrieved_from"]) / "candidates.npz"
-    with reading(source):
-        before = read_arrays(source)["test_items"]
+    users, after, before = _orders(effect.runs[0])
     chosen = np.random.default_rng(SEED).permutation(len(users))[:NUM_EXAMPLES]
     found = []
     for row in np.sort(chosen).tolist():
         user = int(users[row])
-        rank_of = {int(item): rank for rank, item in enumerate(before[user], 1)}
-        if set(rank_of) != set(items[row].tolist()):
-            raise UserError(f"{folder} was made with other candidates than {source.parent}")
+        rank_of = {int(item): rank for rank, item in enumerate(before[row], 1)}
         start, end = data.offsets[user], data.history_ends("test")[user]
         target = int(data.item_ids[end])
         history = [data.titles[item] for item in data.item_ids[start:end][-SHOWN_HISTORY:]]
         candidates = [
             (data.titles[item], rank_of[item], rank, item == target)
-            for rank, item in enumerate(items[row].tolist(), 1)
+            for rank, item in enumerate(after[row].tolist(), 1)
         ]
         found.append(Example(data.user_names[user], history, int(end - start), candidates))
     return found

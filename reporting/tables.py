@@ -1,4 +1,4 @@
-"""The report as Markdown: Tables 1 to 3 of the paper, grid searches, comparisons."""
+"""The report as Markdown: Tables 1 to 4 of the paper, grid searches, comparisons."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reporting.runs import Recipe
+from reporting.runs import RANKER, Recipe
 from reporting.second_stage import METRICS as SECOND_STAGE_METRICS
 from reporting.second_stage import SECOND_STAGE, Effect, find_effects
 from reporting.statistics import BOOTSTRAP_SAMPLES, Comparison, Difference, Summary, summarize
 
 METRICS = ("MRR@5", "NDCG@5", "Recall@5", "MRR@10", "NDCG@10", "Recall@10", "Recall@20")
+LANGUAGE_MODEL_METRICS = ("NDCG@5", "Recall@5", "NDCG@10", "Recall@10")
 
 
 def report_text(recipes: Mapping[str, Sequence[Recipe]], paper: Mapping[str, Any]) -> str:
@@ -31,6 +32,9 @@ def report_text(recipes: Mapping[str, Sequence[Recipe]], paper: Mapping[str, Any
             numbers = paper[table].get(code, {})
             rows = results_table(code, of_dataset, numbers, retrieved_only=retrieved_only)
             lines += [*rows, ""]
+    for code, of_dataset in recipes.items():
+        if rows := language_models_table(code, of_dataset, paper["language_models"].get(code, {})):
+            lines += ["# Rankers and other language models (Table 4)", "", *rows, ""]
     effects = {code: find_effects(of_dataset) for code, of_dataset in recipes.items()}
     if any(effects.values()):
         lines += [f"# {SECOND_STAGE}", ""]
@@ -132,6 +136,32 @@ def _recipe_rows(
         ]
         lines.append(_row([f"paper, {recipe.model}", *published]))
         lines.append(_row(["difference", *relative]))
+    return lines
+
+
+def language_models_table(
+    code: str, recipes: Sequence[Recipe], paper: Mapping[str, Mapping[str, float]]
+) -> list[str]:
+    """Table 4 as lines of Markdown: rankers beside the paper's language models.
+
+    Empty without a ranker, or where the paper has no such numbers.
+
+    Args:
+        code: code of the data set.
+        recipes: its recipes.
+        paper: the paper's metrics of each model.
+    """
+    rankers = [recipe for recipe in recipes if recipe.model == RANKER]
+    if not rankers or not paper:
+        return []
+    lines = _header([f"`{code}`", *LANGUAGE_MODEL_METRICS])
+    for recipe in rankers:
+        summaries = (summarize(recipe, metric) for metric in LANGUAGE_MODEL_METRICS)
+        cells = [f"{x.mean:.4f} ({x.low:.4f} to {x.high:.4f})" for x in summaries if x]
+        lines.append(_row([recipe_title(recipe), *cells]))
+    for model, numbers in paper.items():
+        cells = [f"{numbers[m]:.4f}" if m in numbers else "" for m in LANGUAGE_MODEL_METRICS]
+        lines.append(_row([f"paper, {model}", *cells]))
     return lines
 
 

@@ -20,9 +20,10 @@ from config import (
     ranker_preset,
     retriever_preset,
 )
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run_script
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+PICTURES = sorted((ROOT / "docs" / "images").glob("*.svg"))
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -43,6 +44,21 @@ def test_links(page: Path):
         target = page.parent / name if name else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+def test_own_data_of_ten_lines(tmp_path: Path):
+    text = (ROOT / "docs" / "own-data.md").read_text()
+    log, titles = re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    (tmp_path / "log.csv").write_text(log)
+    (tmp_path / "titles.csv").write_text(titles)
+    flags = next(commands(ROOT / "docs" / "own-data.md"))[1:]
+    done = run_script("train_retriever.py", *flags, "--cache_root", "cache", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "experiments" / "lru").iterdir()
+    assert (
+        len(log.splitlines()) == 1 + 10
+        and f"recommend.py --run experiments/smollm2-135m/{run.name}" in text
+    )
 
 
 PLACEHOLDERS = {"X": "games", "$seed": "42"}
@@ -99,10 +115,11 @@ def test_commands(words: list[str], capsys: pytest.CaptureFixture[str]):
     assert not capsys.readouterr().err, "a flag has no effect"
 
 
-def test_the_picture_of_the_two_stages():
-    script = ROOT / "docs" / "images" / "two_stages.py"
+@pytest.mark.parametrize("picture", PICTURES, ids=lambda picture: picture.stem)
+def test_pictures_are_those_of_their_scripts(picture: Path):
+    script = picture.with_name(picture.stem.replace("-", "_") + ".py")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
-    assert done.stdout == script.with_name("two-stages.svg").read_text()
+    assert done.stdout == picture.read_text()
 
 
 def test_the_website_has_every_page():

@@ -81,6 +81,11 @@ def test_an_explanation(
     assert len(printed.split("rank  title")[1].splitlines()) == 21
 
 
+def test_nothing_to_explain(retrieved: Path, capsys: pytest.CaptureFixture[str]):
+    recommend.main(["--run", str(retrieved), "--user", "u1", "--explain"])
+    assert "note: --explain has no effect" in capsys.readouterr().err
+
+
 def test_titles_of_somebody_new(
     retrieved: Path, toy_data: SequenceDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

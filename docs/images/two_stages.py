@@ -6,47 +6,12 @@ Example:
 
 from __future__ import annotations
 
-from xml.sax.saxutils import escape
+from drawing import arrow, box, picture, text
 
-WIDTH, HEIGHT = 990, 270
-STYLE = """\
-    text { font: 15px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #1f2328 }
-    .name { font-weight: 600 }
-    .small { font-size: 13px; fill: #59636e }
-    rect { fill: #f6f8fa; stroke: #c8d1da }
-    .model { fill: #ddf4ff; stroke: #54aeff }
-    .chosen { font-weight: 600; fill: #0550ae }
-    path { fill: none; stroke: #59636e; stroke-width: 1.6 }
-    marker path { fill: #59636e; stroke: none }
-    @media (prefers-color-scheme: dark) {
-      text { fill: #e6edf3 }
-      .small { fill: #9198a1 }
-      rect { fill: #151b23; stroke: #3d444d }
-      .model { fill: #0c2d6b; stroke: #1f6feb }
-      .chosen { fill: #79c0ff }
-      path { stroke: #9198a1 }
-      marker path { fill: #9198a1 }
-    }"""
 HISTORY = ("Halo 3", "Gears of War", "Mass Effect")
 CANDIDATES = ("(A) Crysis 2", "(B) Mass Effect 2", "(C) Call of Duty", "…", "(T) Portal 2")
 RANKING = ("1  Mass Effect 2", "2  Portal 2", "3  Crysis 2", "…", "20  Call of Duty")
-
-
-def text(x: float, y: float, content: str, kind: str = "", anchor: str = "start") -> str:
-    """A line of text."""
-    kinds = f' class="{kind}"' if kind else ""
-    return f'  <text x="{x:g}" y="{y:g}" text-anchor="{anchor}"{kinds}>{escape(content)}</text>'
-
-
-def box(x: float, y: float, width: float, height: float, kind: str = "") -> str:
-    """A rounded box."""
-    kinds = f' class="{kind}"' if kind else ""
-    return f'  <rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="8"{kinds}/>'
-
-
-def arrow(path: str) -> str:
-    """A line that ends in an arrow head."""
-    return f'  <path d="{path}" marker-end="url(#head)"/>'
+LABEL = "A user's history goes to LRURec, which retrieves 20 of 7,676 items. Llama ranks them."
 
 
 def listing(x: float, y: float, width: float, title: str, lines: tuple[str, ...]) -> list[str]:
@@ -66,9 +31,9 @@ def model(x: float, name: str, *lines: str) -> list[str]:
     ]
 
 
-def picture() -> str:
-    """The whole picture as SVG."""
-    parts = [
+def parts() -> list[str]:
+    """The elements of the picture."""
+    return [
         *listing(10, 83, 140, "a user's history", HISTORY),
         arrow("M 150 130 H 183"),
         *model(190, "LRURec", "scores all", "7,676 items"),
@@ -83,19 +48,7 @@ def picture() -> str:
         text(275, 30, "1. retrieve", "name", "middle"),
         text(685, 30, "2. rank", "name", "middle"),
     ]
-    label = "A user's history goes to LRURec, which retrieves 20 of 7,676 items. Llama ranks them."
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}"'
-            f' role="img" aria-label="{escape(label)}">',
-            f"  <style>\n{STYLE}\n  </style>",
-            '  <marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8"'
-            ' markerHeight="8" orient="auto"><path d="M 0 0 L 8 4 L 0 8 z"/></marker>',
-            *parts,
-            "</svg>",
-        ]
-    )
 
 
 if __name__ == "__main__":
-    print(picture())
+    print(picture(990, 270, LABEL, parts()))

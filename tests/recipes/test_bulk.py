@@ -62,8 +62,8 @@ def test_users_of_the_data_set(
 ):
     found = fill(retrieved, users, tmp_path / "out")
     printed = capsys.readouterr()
-    assert "60 users in 4 files" in printed.out
-    assert "note: 1 users are not in the data set and left out, the first: stranger" in printed.err
+    assert "users 60, files 4" in printed.out
+    assert "note: users not in the data set are left out: 1, the first: stranger" in printed.err
     assert list(found.columns) == ["user", "rank", "item", "title", "retrieved", "retriever"]
     assert found["user"].tolist() == np.repeat(toy_data.user_names, 5).tolist()
     assert found["rank"].tolist() == [1, 2, 3, 4, 5] * 60

@@ -11,7 +11,7 @@ import train_retriever
 from errors import UserError
 from recipes.dry_run import duration
 from tests.conftest import RANKERS
-from tests.helpers import contents
+from tests.helpers import INPUT_TEMPLATE, contents
 
 
 def words(*flags: object) -> list[str]:
@@ -38,7 +38,7 @@ def test_retriever(
     assert "steps: 1,200 of 16 examples, 4 an epoch\n" in output
     assert numbers(output, r"time: about .* \(training .*, (\S+) validations") == ("3",)
     assert float(numbers(output, r"memory: (\S+) GiB")[0]) > 0.1
-    assert output.endswith("Nothing was written.\n")
+    assert output.endswith("Nothing was written but downloads and caches.\n")
     assert contents(retrieved) == before
 
 
@@ -61,6 +61,9 @@ def test_ranker(
     median, longest = numbers(output, r"tokens a prompt: median (\S+), at most (\S+)\n")
     assert 20 < int(median) <= int(longest) < 1536
     assert numbers(output, r"\n  llm_base_model +(\S+)\n") == ("tiny-llama",)
+    assert numbers(output, r"\n  llm_input_template +(.*)\n") == (
+        INPUT_TEMPLATE.replace("\n", "\\n"),
+    )
     assert ("before: 2 retrievers" in output) == (name == "guided")
     assert not (tmp_path / "runs").exists() and sorted(retrieved.rglob("*")) == before
 

@@ -102,7 +102,10 @@ def run(tmp_path: Path) -> RunFolder:
     return run
 
 
-def test_open_run_clears_the_folder_and_writes_the_settings(run: RunFolder):
+def test_open_run_clears_the_folder_and_writes_the_settings(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sys.argv", ["/x/train_retriever.py", "--dataset_code", "games"])
     config = retriever(metric_ks=(5, 10))
     log = open_run(run, config, {"device": "cpu", "num_users": 7})
     assert sorted(path.name for path in run.path.iterdir()) == ["config.json", "notes.txt"]
@@ -113,6 +116,7 @@ def test_open_run_clears_the_folder_and_writes_the_settings(run: RunFolder):
     expected = config.as_dict() | {
         "device": "cpu", "num_users": 7, "fingerprint": "mine", "results_format": RESULTS_FORMAT,
         "torch": torch.__version__, "commit": head.stdout.strip() or None,
+        "command": "python train_retriever.py --dataset_code games",
     }  # fmt: skip
     assert settings == expected | {
         "metric_ks": [5, 10], "search_dropout": list(config.search_dropout),

@@ -16,7 +16,7 @@ import pytest
 
 import report
 from datasets import SequenceDataset
-from errors import InputError
+from errors import InputError, UserError
 from reporting.page import report_page
 from reporting.runs import Recipe, Run, find_recipes, find_runs, fused_variants
 from reporting.second_stage import (
@@ -25,8 +25,11 @@ from reporting.second_stage import (
     find_effect,
     find_effects,
     groups,
+    letters,
     user_properties,
 )
+from storage import read_json
+from tests.helpers import make_data
 
 VOID = {"meta", "input", "br", "link"}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -72,7 +75,9 @@ def test_a_page_of_both_stages(root: Path, toy_data: SequenceDataset):
     assert checker.open == []
     assert all(address.startswith("#") for address in checker.addresses)
     assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"|"http://www.w3.org[^"]*"', "", page)
-    assert "<h1>A &lt;title&gt;</h1>" in page and page.count("<svg") == 4
+    has_letters = read_json(root / "run" / "config.json")["verbalizer"] == "letters"
+    assert "<h1>A &lt;title&gt;</h1>" in page and page.count("<svg") == 4 + has_letters
+    assert "python train_ranker.py --llm_retrieved_path" in page
     for text in ("What the second stage does", "20 users at random", "(the held-out item)"):
         assert text in page
     assert re.search(r"<td>NDCG@10</td>(<td>[+-]0\.\d{4} \([^<]*, p [^<]*</td>){2}</tr>", page)
@@ -81,7 +86,8 @@ def test_a_page_of_both_stages(root: Path, toy_data: SequenceDataset):
 
 def test_without_the_data_set_there_are_no_titles(root: Path):
     page = page_of(root, None)
-    assert "users at random" not in page and page.count("<svg") == 2
+    has_letters = "Letters that the ranker chooses" in page
+    assert "users at random" not in page and page.count("<svg") == 2 + has_letters
     assert "What the second stage does" in page
 
 
@@ -104,6 +110,60 @@ def test_examples_are_rankings_with_names(root: Path, toy_data: SequenceDataset)
         assert before == effect.ranks["retriever"][0, index]
         assert after == effect.ranks["two stages"][0, index]
         assert sorted(row[1] for row in user.candidates) == list(range(1, 21))
+
+
+def test_letters_chosen(tmp_path: Path, make_run: Callable[..., Run]):
+    """Of five retrieved users with three candidates, A is chosen for three, rightly for one."""
+    before = np.arange(30).reshape(10, 3)
+    after = before[[0, 2, 4, 6, 8]].copy()
+    after[3] = after[3][[1, 0, 2]]
+    after[4] = after[4][[2, 1, 0]]
+    (tmp_path / "retriever").mkdir()
+    np.savez(tmp_path / "retriever" / "candidates.npz", test_items=before)
+    np.savez(tmp_path / "rankings.npz", users=np.arange(0, 10, 2), items=after)
+    retrieved = {"retrieved_from": str(tmp_path / "retriever")}
+    run = make_run(folder=tmp_path, verbalizer="letters", permutations=1, **retrieved)
+    ranks = np.array([[1, 9, 2, 9, 3, 9, 2, 9, 2, 9]])
+    effect = Effect([run], {"retriever": ranks, "two stages": ranks}, ranks < 4, {})
+    found = letters(effect)
+    assert found is not None
+    assert found.targets.tolist() == [0.2, 0.6, 0.2] and found.chosen.tolist() == [0.6, 0.2, 0.2]
+    assert found.accuracy.tolist() == [1.0, pytest.approx(1 / 3), 0.0]
+    run = make_run(folder=tmp_path, verbalizer="letters", permutations=2, **retrieved)
+    assert letters(effect._replace(runs=[run])) is None
+    assert letters(effect._replace(runs=[make_run(verbalizer="titles")])) is None
+    np.savez(tmp_path / "rankings.npz", users=np.arange(0, 10, 2), items=after + 1)
+    with pytest.raises(UserError, match="was made with other candidates than"):
+        letters(effect)
+
+
+def test_figure_3(write_retriever: Callable[..., Path], tmp_path: Path):
+    write_retriever(tmp_path / "lru")
+    row = {"model": "tiny", "generation_s": 9.0, "letters_s": 0.5, "titles_s": 0.4}
+    lines = [{"not": "this"}, {"rows": [row | {"title_tokens": size} for size in (5, 10)]}]
+    path = tmp_path / report.INFERENCE
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report.write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "(Figure 3)" in page and "tiny, letters, one forward pass" in page
+    for damaged in ("no JSON", "", "{}", '{"rows": [{}]}'):
+        path.write_text(damaged)
+        with pytest.raises(UserError, match=r"ranker_inference\.json is damaged"):
+            report.write_report(tmp_path)
+
+
+def test_table_4_and_the_size_beside_the_papers(write_ranker: Callable[..., Path], tmp_path: Path):
+    paper = json.loads(report.PAPER.read_text())
+    write_ranker(tmp_path / "run", dataset_code="beauty")
+    recipes = find_recipes(find_runs(tmp_path), tmp_path)
+    data = replace(make_data([5] * 10), code="beauty")
+    page = report_page(recipes, paper, {"beauty": data}, "title")
+    assert "the paper (Table 2): 22,332 users, 12,086 items, mean length 8.87" in page
+    table = page.split("(Table 4)")[1].split("</table>")[0]
+    names = re.findall(r"<tr[^>]*><td>([^<]*)</td>", table)
+    models = [f"paper, {x}" for x in ("P5", "PALR", "GPT4Rec", "RecMind", "POD", "LlamaRec")]
+    assert names == ["LlamaRec, tiny, 1 seed", *models]
+    assert "0.0653" in table and "0.0450" in table
 
 
 @pytest.fixture()
@@ -156,10 +216,13 @@ def test_effects_need_their_retriever(
 
 
 def test_groups_of_about_equal_size(effect: Effect):
-    found = groups(effect, np.arange(10), "Recall", 2)
+    found = groups(effect, np.arange(1, 11), "Recall", 2)
     assert [group.num_users for group in found] == [4, 3, 3]
-    assert [group.label for group in found] == ["0 to 3", "4 to 6", "7 to 9"]
+    assert [group.label for group in found] == ["1 to 4", "5 to 7", "8 to 10"]
     assert found[0].means["retriever"][0] == 0.5 and found[0].means["two stages"][0] == 0.75
+    cold = groups(effect, np.array([0, 0, *range(1, 9)]), "Recall", 2)
+    assert [group.label for group in cold] == ["0", "1 to 3", "4 to 5", "6 to 8"]
+    assert [group.label for group in groups(effect, np.zeros(10, int), "Recall", 2)] == ["0"]
     (single,) = groups(effect, np.full(10, 7), "Recall", 2)
     assert single.label == "7" and single.num_users == 10
 

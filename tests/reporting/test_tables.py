@@ -17,6 +17,7 @@ from reporting.tables import (
     comparison_line,
     data_table,
     effect_table,
+    language_models_table,
     report_text,
     results_table,
     search_table,
@@ -47,6 +48,8 @@ def test_the_papers_tables_are_complete():
         for models in paper[table].values():
             assert set(models) == {"NARM", "BERT4Rec", "SASRec", "LRURec", "LlamaRec"}
             assert all({*metrics} == {*METRICS[:-1]} for metrics in models.values())
+    ours = paper["language_models"]["beauty"]["LlamaRec"]
+    assert ours.items() <= paper["all_users"]["beauty"]["LlamaRec"].items()
 
 
 def test_data_table(make_run: Callable[..., Run], ranker_settings: dict[str, Any]):
@@ -91,6 +94,17 @@ def test_results_of_retrieved_users(make_run: Callable[..., Run]):
     assert line == "| **none**, 1 seed |" + " no users |" * 6
 
 
+def test_language_models_table(make_run: Callable[..., Run], ranker_settings: dict[str, Any]):
+    ranker = Recipe("LlamaRec, tiny", [make_run(settings=ranker_settings)])
+    paper = {"P5": {"Recall@5": 0.25, "NDCG@10": 0.125}}
+    head, _, ours, published = language_models_table("beauty", [ranker], paper)
+    assert head == "| `beauty` | NDCG@5 | Recall@5 | NDCG@10 | Recall@10 |"
+    assert ours.startswith("| **LlamaRec, tiny**, 1 seed | ") and ours.count("(") == 4
+    assert published == "| paper, P5 |  | 0.2500 | 0.1250 |  |"
+    assert language_models_table("beauty", [Recipe("lru", [make_run()])], paper) == []
+    assert language_models_table("games", [ranker], {}) == []
+
+
 def test_search_table(searched: Recipe, make_run: Callable[..., Run]):
     assert search_table("custom", [searched, Recipe("plain", [make_run()])]) == [
         "| `custom` | 0, 0.2 | 0, 0.4 |",
@@ -130,7 +144,8 @@ def test_effect_table(make_run: Callable[..., Run]):
 
 
 def test_report_has_a_section_for_each_table(searched: Recipe, make_run: Callable[..., Run]):
-    paper: dict[str, Any] = {"statistics": {}, "all_users": {}, "retrieved_users": {}}
+    tables = ("statistics", "all_users", "retrieved_users", "language_models")
+    paper: dict[str, Any] = {table: {} for table in tables}
     plain = {"custom": [Recipe("LRURec, paper", [make_run()])]}
     text = report_text(plain, paper)
     titles = [line for line in text.splitlines() if line.startswith("#")]

@@ -1,0 +1,76 @@
+"""Parts of the pictures in these documents: SVG that follows the reader's light or dark theme."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from xml.sax.saxutils import escape, quoteattr
+
+STYLE = """\
+    text { font: 15px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #1f2328 }
+    .name { font-weight: 600 }
+    .small { font-size: 13px; fill: #59636e }
+    rect { fill: #f6f8fa; stroke: #c8d1da }
+    .model { fill: #ddf4ff; stroke: #54aeff }
+    .empty { fill: none; stroke-dasharray: 3 3 }
+    .chosen { font-weight: 600; fill: #0550ae }
+    path { fill: none; stroke: #59636e; stroke-width: 1.6 }
+    marker path { fill: #59636e; stroke: none }
+    @media (prefers-color-scheme: dark) {
+      text { fill: #e6edf3 }
+      .small { fill: #9198a1 }
+      rect { fill: #151b23; stroke: #3d444d }
+      .model { fill: #0c2d6b; stroke: #1f6feb }
+      .empty { fill: none }
+      .chosen { fill: #79c0ff }
+      path { stroke: #9198a1 }
+      marker path { fill: #9198a1 }
+    }"""
+
+
+def text(x: float, y: float, content: str, kind: str = "", anchor: str = "start") -> str:
+    """A line of text."""
+    kinds = f' class="{kind}"' if kind else ""
+    return f'  <text x="{x:g}" y="{y:g}" text-anchor="{anchor}"{kinds}>{escape(content)}</text>'
+
+
+def box(
+    x: float, y: float, width: float, height: float, kind: str = "", *, radius: float = 8
+) -> str:
+    """A rounded box."""
+    kinds = f' class="{kind}"' if kind else ""
+    size = f'width="{width:g}" height="{height:g}"'
+    return f'  <rect x="{x:g}" y="{y:g}" {size} rx="{radius:g}"{kinds}/>'
+
+
+def cell(x: float, y: float, width: float, height: float, content: str, kind: str = "") -> str:
+    """A box of a row of boxes, with a text in its middle."""
+    frame = box(x, y, width, height, kind, radius=2)
+    middle = text(x + width / 2, y + height / 2 + 5, content, anchor="middle")
+    return f"{frame}\n{middle}" if content else frame
+
+
+def arrow(path: str) -> str:
+    """A line that ends in an arrow head."""
+    return f'  <path d="{path}" marker-end="url(#head)"/>'
+
+
+def picture(width: int, height: int, label: str, parts: Iterable[str]) -> str:
+    """A whole picture as SVG.
+
+    Args:
+        width: its width.
+        height: its height.
+        label: what it shows, for those who cannot see it.
+        parts: its elements.
+    """
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"'
+            f' role="img" aria-label={quoteattr(label)}>',
+            f"  <style>\n{STYLE}\n  </style>",
+            '  <marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8"'
+            ' markerHeight="8" orient="auto"><path d="M 0 0 L 8 4 L 0 8 z"/></marker>',
+            *parts,
+            "</svg>",
+        ]
+    )
