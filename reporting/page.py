@@ -166,7 +166,7 @@ def _table(
         row.cells[:] = [cell._replace(is_best=value) for cell, value in zip(row.cells, best)]
     for model, numbers in paper.items():
         cells = [Cell(f"{numbers[name]:.4f}" if name in numbers else "") for name in metrics]
-        rows.append(Row(f"paper, {model}", cells, is_paper=True))
+        rows.append(Row(f"the paper's {model}", cells, is_paper=True))
     return {"title": title, "metrics": metrics, "rows": rows}
 
 

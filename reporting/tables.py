@@ -134,7 +134,7 @@ def _recipe_rows(
             f"{summary.mean / paper[m] - 1:+.1%}" if m in paper else ""
             for m, summary in summaries.items()
         ]
-        lines.append(_row([f"paper, {recipe.model}", *published]))
+        lines.append(_row([f"the paper's {recipe.model}", *published]))
         lines.append(_row(["difference", *relative]))
     return lines
 
@@ -161,7 +161,7 @@ def language_models_table(
         lines.append(_row([recipe_title(recipe), *cells]))
     for model, numbers in paper.items():
         cells = [f"{numbers[m]:.4f}" if m in numbers else "" for m in LANGUAGE_MODEL_METRICS]
-        lines.append(_row([f"paper, {model}", *cells]))
+        lines.append(_row([f"the paper's {model}", *cells]))
     return lines
 
 

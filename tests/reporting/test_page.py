@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -160,8 +161,8 @@ def test_table_4_and_the_size_beside_the_papers(write_ranker: Callable[..., Path
     page = report_page(recipes, paper, {"beauty": data}, "title")
     assert "the paper (Table 2): 22,332 users, 12,086 items, mean length 8.87" in page
     table = page.split("(Table 4)")[1].split("</table>")[0]
-    names = re.findall(r"<tr[^>]*><td>([^<]*)</td>", table)
-    models = [f"paper, {x}" for x in ("P5", "PALR", "GPT4Rec", "RecMind", "POD", "LlamaRec")]
+    names = [html.unescape(x) for x in re.findall(r"<tr[^>]*><td>([^<]*)</td>", table)]
+    models = [f"the paper's {x}" for x in ("P5", "PALR", "GPT4Rec", "RecMind", "POD", "LlamaRec")]
     assert names == ["LlamaRec, tiny, 1 seed", *models]
     assert "0.0653" in table and "0.0450" in table
 

@@ -78,7 +78,7 @@ def test_results_table_has_means_deviations_and_the_papers_numbers(make_run: Cal
     assert cells[0][0] == "| **LRURec, paper**, 2 seeds"
     assert [cells[0][column - 1][:8], cells[1][column - 1]] == ["0.4000 (", "0.1414"]
     assert (published, difference) == (
-        "| paper, LRURec |  |  | 0.2500 |  |  |  |  |",
+        "| the paper's LRURec |  |  | 0.2500 |  |  |  |  |",
         "| difference |  |  | +60.0% |  |  |  |  |",
     )
 
@@ -100,7 +100,7 @@ def test_language_models_table(make_run: Callable[..., Run], ranker_settings: di
     head, _, ours, published = language_models_table("beauty", [ranker], paper)
     assert head == "| `beauty` | NDCG@5 | Recall@5 | NDCG@10 | Recall@10 |"
     assert ours.startswith("| **LlamaRec, tiny**, 1 seed | ") and ours.count("(") == 4
-    assert published == "| paper, P5 |  | 0.2500 | 0.1250 |  |"
+    assert published == "| the paper's P5 |  | 0.2500 | 0.1250 |  |"
     assert language_models_table("beauty", [Recipe("lru", [make_run()])], paper) == []
     assert language_models_table("games", [ranker], {}) == []
 
