@@ -25,7 +25,7 @@ test: $(VENV)/.installed-dev
 coverage: $(VENV)/.installed-dev
 	$(PY) -m pytest -n logical --cov --cov-report term
 
-# More than a hundred kills, a failure of every call that writes, 2,000 random command lines and
+# More than two hundred kills, a failure of every call that writes, 2,000 random command lines and
 # 1,000 damaged files. This takes long.
 faults: $(VENV)/.installed-dev
 	$(PY) -m pytest -n logical -m "slow or not slow" tests/faults
