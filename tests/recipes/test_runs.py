@@ -118,6 +118,28 @@ def test_load_data_advises(toy: dict[str, Path], tmp_path: Path):
         load_data(config)
 
 
+@pytest.mark.parametrize("ties", ["item", "file"])
+def test_ties_are_pointed_out(
+    ties: str, toy: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """Days in place of seconds: the last items of most users have the same time."""
+    header, *rows = toy["interactions"].read_text().splitlines()
+    days = (f"{row.rpartition(',')[0]},{int(row.rpartition(',')[2]) // 9}\n" for row in rows)
+    log = tmp_path / "log.csv"
+    log.write_text(f"{header}\n" + "".join(days))
+    files = {"interactions": str(log), "items": str(toy["items"])}
+    config = RetrieverConfig(
+        dataset_code="custom", cache_root=str(tmp_path / "cache"), ties=ties, **files
+    )
+    data = load_data(config)
+    share = f"{data.num_tied_targets / data.num_users:.0%}"
+    order = {"item": "of their item numbers", "file": "of the file"}[ties]
+    assert capsys.readouterr().err == (
+        f"note: for {share} of the users, the test target has the same time as the item before; "
+        f"their order is that {order} (--ties)\n"
+    )
+
+
 def test_check_examples():
     check_examples(make_data([3, 4]))
     with pytest.raises(UserError, match="test: no user has two training items"):

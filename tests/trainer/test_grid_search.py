@@ -28,6 +28,7 @@ def test_grid(tmp_path: Path):
     assert [point.run_dir for point in points] == [tmp_path / point.name for point in points]
     assert points[2].name == "weight_decay_0.01_dropout_0.1"
     assert len({point.name for point in points}) == 4
+    assert grid(tmp_path, [0.0, 0.01, 0.0], [0.1, 0.5, 0.1]) == points  # each point once
 
 
 @pytest.fixture()
