@@ -496,10 +496,14 @@ class AugmentationConfig(LanguageModelConfig):
         choices=("time", "random"),
     )
     global_examples: int = result_flag(
-        1, "training examples per user and epoch from all items, split at random", count
+        1,
+        "training examples per user and epoch from all items, split at random",
+        up_to(1000, lowest=0),
     )
     local_examples: int = result_flag(
-        20, "further training examples per user and epoch, from some items at random", count
+        20,
+        "further training examples per user and epoch, from some items at random",
+        up_to(1000, lowest=0),
     )
     local_items: int = result_flag(10, "items of such an example, targets included", positive)
     min_targets: int = result_flag(
@@ -516,7 +520,7 @@ class AugmentationConfig(LanguageModelConfig):
         choices=("best", "last"),
     )  # fmt: skip
     lora_lr: float = result_flag(1e-3, "learning rate", nonnegative)
-    train_batch_size: int = result_flag(32, "examples per optimizer step", positive)
+    train_batch_size: int = result_flag(32, "examples per optimizer step", up_to(MAX_BATCH))
     max_steps: int = result_flag(400, "optimizer steps", positive)
     warmup_steps: int = result_flag(20, "length of the warm-up in optimizer steps", count)
     constrained: bool = result_flag(
@@ -534,13 +538,13 @@ class AugmentationConfig(LanguageModelConfig):
         count, stage="generation",
     )  # fmt: skip
     max_new_tokens: int = result_flag(200, "most tokens generated per user", positive)
-    val_batch_size: int = rounding_flag(16, "examples per batch in validation", positive)
+    val_batch_size: int = rounding_flag(16, "examples per batch in validation", up_to(MAX_BATCH))
     # Without --constrained, users of a batch share one stream of random numbers.
     test_batch_size: int = rounding_flag(
         0,
         "users per batch in generation; 0 for 16, or with --constrained for as many as fit in "
         "half of the free memory on CUDA, and in 2 GiB on the CPU",
-        count,
+        up_to(MAX_BATCH, lowest=0),
     )
     retriever_path: str | None = handling_flag(
         None, "run of a retriever that filters implausible items; no such filter if absent"

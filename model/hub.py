@@ -366,6 +366,15 @@ def _sizes(folder: Path) -> tuple[int, int]:
     return vocabulary, positions
 
 
+def stored_dtypes(folder: Path) -> set[str]:
+    """Dtypes of a model's weights on disk, by the names of safetensors, such as ``BF16``."""
+    dtypes = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="np") as file:
+            dtypes |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    return dtypes
+
+
 def _module_names(folder: Path) -> set[str]:
     """Return the full names of a model's modules with weights."""
     modules = {"lm_head"}  # not stored if it shares the weights of the embeddings
