@@ -336,7 +336,7 @@ def check_fits(
         ArgumentError: ``max_text_len`` or ``target_modules`` exceed what the model has.
         InputError: the tokenizer does not fit the model, or its ``config.json`` is damaged.
     """
-    vocabulary, positions = _sizes(base.folder)
+    vocabulary, positions = sizes(base.folder)
     if tokenizer.get_vocab_size() > vocabulary:
         raise InputError(
             f"the tokenizer has {tokenizer.get_vocab_size()} tokens, but {base.name} only "
@@ -355,7 +355,7 @@ def check_fits(
             )
 
 
-def _sizes(folder: Path) -> tuple[int, int]:
+def sizes(folder: Path) -> tuple[int, int]:
     """Return a model's vocabulary size and its largest number of positions."""
     path = folder / "config.json"
     config = read_json(path)

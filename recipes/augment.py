@@ -25,6 +25,7 @@ from augmentation.prompts import (
     IdPrompts,
     PublishedPrompts,
     TrainingExamples,
+    training_history,
 )
 from config import AugmentationConfig
 from dataloader.prompt_batches import Batch, BatchLimits
@@ -32,6 +33,7 @@ from dataloader.sampler import ShuffledBatches, training_loader
 from datasets import SequenceDataset
 from distributed import in_main_process, largest, main_first
 from errors import UserError, advice
+from model.hub import sizes
 from model.language_model import (
     check_adapter,
     dequantize_for_inference,
@@ -91,6 +93,7 @@ def augment(
         return
     prompts = build_prompts(config, data, language_model)
     check_later_stages(config, data, prompts)
+    check_window(config, data, prompts, language_model)
     accelerator = make_accelerator(config.device, config.seed)
     with other_run_explained():
         resumed = config.resume and run.is_started()
@@ -157,6 +160,33 @@ def check_later_stages(
     if config.retriever_path:
         with advice(RETRAIN):
             load_retriever(Path(config.retriever_path), data.num_items)
+
+
+def check_window(
+    config: AugmentationConfig,
+    data: SequenceDataset,
+    prompts: IdPrompts,
+    language_model: LanguageModel,
+) -> None:
+    """Refuse texts that would grow beyond the positions that the language model has.
+
+    Only the published prompts leave no room for what is generated.
+
+    Raises:
+        UserError: a user's prompt is too long.
+    """
+    _, positions = sizes(language_model.base.folder)
+    room = positions - config.max_new_tokens
+    if config.id_prompt != "published" or config.llm_max_text_len <= room:
+        return
+    users = range(data.num_users)
+    longest = max(len(prompts.encode(user, training_history(data, user))) for user in users)
+    if longest > room:
+        raise UserError(
+            f"--max_new_tokens {config.max_new_tokens}: {language_model.base.name} reads at most "
+            f"{positions:,} tokens, and a prompt has {longest:,}: lower it, or --llm_max_text_len "
+            f"to {room} to cut prompts"
+        )
 
 
 def reuse_stages(
