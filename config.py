@@ -527,7 +527,7 @@ class AugmentationConfig(LanguageModelConfig):
         False, "generate only items of the catalogue", boolean, stage="generation"
     )
     temperature: float = result_flag(
-        0.8, "temperature of the sampling", nonnegative, stage="generation"
+        0.8, "temperature of the sampling", number(float, 0.01, 100.0), stage="generation"
     )
     top_p: float = result_flag(
         0.9, "sample from the most likely tokens with this total probability", fraction,
@@ -574,8 +574,8 @@ class AugmentationConfig(LanguageModelConfig):
             raise UserError("--global_examples 0 --local_examples 0 leave nothing to train on")
         if self.dry_run:
             raise UserError("--dry_run: augment_data.py cannot estimate a run; leave out the flag")
-        if not self.temperature or not self.top_p:
-            raise UserError("--temperature and --top_p must be above 0 to sample anything")
+        if not self.top_p:
+            raise UserError("--top_p must be above 0 to sample anything")
         if self.max_new_tokens >= self.llm_max_text_len:
             raise UserError(
                 f"--max_new_tokens {self.max_new_tokens} leaves no room for a prompt in "
