@@ -9,7 +9,7 @@ RANKER_FLAGS := --llm_retrieved_path experiments/lru/ml-100k-classic --device cp
 	--llm_base_model smollm2-135m --verbalizer titles --llm_max_history 10 --max_steps 24 \
 	--lora_val_iterations 24 --val_users 100 --warmup_steps 4 --overwrite
 
-.PHONY: run test coverage faults lint format docs clean
+.PHONY: run test coverage faults lint format audit docs clean
 
 run: $(VENV)/.installed
 	$(PY) train_retriever.py $(RETRIEVER_FLAGS)
@@ -25,7 +25,7 @@ test: $(VENV)/.installed-dev
 coverage: $(VENV)/.installed-dev
 	$(PY) -m pytest -n logical --cov --cov-report term
 
-# More than a hundred kills, a failure of every call that writes, 2,000 random command lines and
+# More than two hundred kills, a failure of every call that writes, 2,000 random command lines and
 # 1,000 damaged files. This takes long.
 faults: $(VENV)/.installed-dev
 	$(PY) -m pytest -n logical -m "slow or not slow" tests/faults
@@ -38,6 +38,11 @@ lint: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+# Known vulnerabilities of the pinned versions, for information. It asks pypi.org.
+audit: $(VENV)/.installed
+	$(PY) -m pip install "pip-audit>=2.9,<3"
+	$(PY) -m pip_audit --disable-pip --require-hashes --requirement requirements.lock
 
 # The pages as a website, in docs/_build.
 docs: $(VENV)/.installed-docs

@@ -496,10 +496,14 @@ class AugmentationConfig(LanguageModelConfig):
         choices=("time", "random"),
     )
     global_examples: int = result_flag(
-        1, "training examples per user and epoch from all items, split at random", count
+        1,
+        "training examples per user and epoch from all items, split at random",
+        up_to(1000, lowest=0),
     )
     local_examples: int = result_flag(
-        20, "further training examples per user and epoch, from some items at random", count
+        20,
+        "further training examples per user and epoch, from some items at random",
+        up_to(1000, lowest=0),
     )
     local_items: int = result_flag(10, "items of such an example, targets included", positive)
     min_targets: int = result_flag(
@@ -516,14 +520,14 @@ class AugmentationConfig(LanguageModelConfig):
         choices=("best", "last"),
     )  # fmt: skip
     lora_lr: float = result_flag(1e-3, "learning rate", nonnegative)
-    train_batch_size: int = result_flag(32, "examples per optimizer step", positive)
+    train_batch_size: int = result_flag(32, "examples per optimizer step", up_to(MAX_BATCH))
     max_steps: int = result_flag(400, "optimizer steps", positive)
     warmup_steps: int = result_flag(20, "length of the warm-up in optimizer steps", count)
     constrained: bool = result_flag(
         False, "generate only items of the catalogue", boolean, stage="generation"
     )
     temperature: float = result_flag(
-        0.8, "temperature of the sampling", nonnegative, stage="generation"
+        0.8, "temperature of the sampling", number(float, 0.01, 100.0), stage="generation"
     )
     top_p: float = result_flag(
         0.9, "sample from the most likely tokens with this total probability", fraction,
@@ -534,13 +538,13 @@ class AugmentationConfig(LanguageModelConfig):
         count, stage="generation",
     )  # fmt: skip
     max_new_tokens: int = result_flag(200, "most tokens generated per user", positive)
-    val_batch_size: int = rounding_flag(16, "examples per batch in validation", positive)
+    val_batch_size: int = rounding_flag(16, "examples per batch in validation", up_to(MAX_BATCH))
     # Without --constrained, users of a batch share one stream of random numbers.
     test_batch_size: int = rounding_flag(
         0,
         "users per batch in generation; 0 for 16, or with --constrained for as many as fit in "
         "half of the free memory on CUDA, and in 2 GiB on the CPU",
-        count,
+        up_to(MAX_BATCH, lowest=0),
     )
     retriever_path: str | None = handling_flag(
         None, "run of a retriever that filters implausible items; no such filter if absent"
@@ -570,8 +574,8 @@ class AugmentationConfig(LanguageModelConfig):
             raise UserError("--global_examples 0 --local_examples 0 leave nothing to train on")
         if self.dry_run:
             raise UserError("--dry_run: augment_data.py cannot estimate a run; leave out the flag")
-        if not self.temperature or not self.top_p:
-            raise UserError("--temperature and --top_p must be above 0 to sample anything")
+        if not self.top_p:
+            raise UserError("--top_p must be above 0 to sample anything")
         if self.max_new_tokens >= self.llm_max_text_len:
             raise UserError(
                 f"--max_new_tokens {self.max_new_tokens} leaves no room for a prompt in "

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
+
 from distributed import size
 from errors import ArgumentError, UserError
 
@@ -158,6 +160,11 @@ def deferred_signals() -> Iterator[list[int]]:
 def raise_interrupt(signal_number: int) -> None:
     """Raise the exception of a signal that was deferred."""
     raise Terminated if signal_number == signal.SIGTERM else KeyboardInterrupt
+
+
+def free_memory() -> int:
+    """Memory of this machine that is free or can be freed, swap included, in bytes."""
+    return int(psutil.virtual_memory().available + psutil.swap_memory().free)
 
 
 def has_cuda_driver() -> bool:

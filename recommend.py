@@ -37,7 +37,7 @@ from recipes.runs import (
     locked,
     retriever_of,
 )
-from storage import reading
+from storage import check_regular, reading
 from trainer.run_folder import CONFIG, RunFolder
 
 if TYPE_CHECKING:  # it imports torch
@@ -135,7 +135,9 @@ def check_flags(flags: argparse.Namespace) -> None:
     Raises:
         UserError: they do, or there is nobody to ask.
     """
-    given = [f"--{name}" for name in ("user", "history", "input") if getattr(flags, name)]
+    given = [
+        f"--{name}" for name in ("user", "history", "input") if getattr(flags, name) is not None
+    ]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)}: give one of them")
     if flags.k < 1 or flags.part_users < 1:
@@ -161,8 +163,9 @@ def check_output(flags: argparse.Namespace) -> None:
         UserError: there are some, and the flags do not say what to do with them.
     """
     output = Path(flags.output)
-    if not Path(flags.input).is_file():
+    if not Path(flags.input).exists():
         raise UserError(f"--input {flags.input}: no such file")
+    check_regular(Path(flags.input))
     is_ours = (output / MANIFEST).exists()
     check_own_folder(output, is_ours=is_ours)
     if is_ours and not (flags.resume or flags.overwrite):

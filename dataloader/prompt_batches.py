@@ -101,22 +101,21 @@ def micro_batches(
     order = np.argsort(-lengths, kind="stable")
     ordered = lengths[order]
     total = np.append(0, np.cumsum(ordered))
-    costs, starts = [0], [0]  # cost[n] and the s that gives it, the largest if there are several
+    costs = np.zeros(len(order) + 1, np.int64)
+    best = np.zeros(len(order) + 1, np.int64)  # the s of each n, the largest if there are several
     for end in range(1, len(order) + 1):
-        options = []
-        for start in range(end - 1, max(end - max_rows, 0) - 1, -1):
-            rows = end - start
-            tokens = int(total[end] - total[start] if packed else ordered[start] * rows)
-            if max_tokens is not None and tokens > max_tokens and rows > 1:
-                break  # the micro-batch only grows from here
-            options.append((costs[start] + tokens + fixed_tokens, start))
-        cost, start = min(options, key=lambda option: option[0])
-        costs.append(cost)
-        starts.append(start)
+        starts = np.arange(end - 1, max(end - max_rows, 0) - 1, -1)
+        rows = end - starts
+        tokens = total[end] - total[starts] if packed else ordered[starts] * rows
+        if max_tokens is not None:
+            starts, tokens = (x[(tokens <= max_tokens) | (rows == 1)] for x in (starts, tokens))
+        options = costs[starts] + tokens + fixed_tokens
+        choice = options.argmin()
+        costs[end], best[end] = options[choice], starts[choice]
     groups, end = [], len(order)
     while end:
-        groups.append(order[starts[end] : end])
-        end = starts[end]
+        groups.append(order[best[end] : end])
+        end = int(best[end])
     return groups[::-1]
 
 

@@ -24,6 +24,9 @@ ITEM_COLUMNS = {
     "title": ["name", "movie_title", "item_title", "item_name", "product_name"],
 }
 
+# Missing values as other programs write them, in lower case.
+MISSING = ("nan", "none", "null", "n/a", "<na>")
+
 
 def source(interactions_path: Path, items_path: Path) -> RawSource:
     """A custom data set.
@@ -44,6 +47,7 @@ def source(interactions_path: Path, items_path: Path) -> RawSource:
         )
         items = read_columns(items_path, ITEM_COLUMNS, separator=items_separator)
         note_repeated(items_path, items)
+        note_missing(items_path, items)
         titles = {item: clean_title(title) for item, title in zip(items["item"], items["title"])}
         titles = {item: title for item, title in titles.items() if title}
         untitled = table["item"][~table["item"].isin(titles.keys())].unique()
@@ -66,5 +70,17 @@ def note_repeated(path: Path, items: pd.DataFrame) -> None:
         print(
             f"note: {path}: {len(repeated):,} items have several titles, of which the last counts; "
             f"the first such item is {repeated[0]}",
+            file=sys.stderr,
+        )
+
+
+def note_missing(path: Path, items: pd.DataFrame) -> None:
+    """Point out titles that look like missing ones; they count as titles all the same."""
+    is_missing = items["title"].str.strip().str.lower().isin(MISSING)
+    if is_missing.any():
+        print(
+            f"note: {path}: {is_missing.sum():,} items are titled "
+            f"'{items['title'][is_missing].iloc[0].strip()}', which looks like a missing title; "
+            f"the first such item is {items['item'][is_missing].iloc[0]}",
             file=sys.stderr,
         )

@@ -336,7 +336,7 @@ def check_fits(
         ArgumentError: ``max_text_len`` or ``target_modules`` exceed what the model has.
         InputError: the tokenizer does not fit the model, or its ``config.json`` is damaged.
     """
-    vocabulary, positions = _sizes(base.folder)
+    vocabulary, positions = sizes(base.folder)
     if tokenizer.get_vocab_size() > vocabulary:
         raise InputError(
             f"the tokenizer has {tokenizer.get_vocab_size()} tokens, but {base.name} only "
@@ -355,7 +355,7 @@ def check_fits(
             )
 
 
-def _sizes(folder: Path) -> tuple[int, int]:
+def sizes(folder: Path) -> tuple[int, int]:
     """Return a model's vocabulary size and its largest number of positions."""
     path = folder / "config.json"
     config = read_json(path)
@@ -364,6 +364,15 @@ def _sizes(folder: Path) -> tuple[int, int]:
         vocabulary = int(config.get("vocab_size", sys.maxsize))
         positions = int(config.get("max_position_embeddings", sys.maxsize))
     return vocabulary, positions
+
+
+def stored_dtypes(folder: Path) -> set[str]:
+    """Dtypes of a model's weights on disk, by the names of safetensors, such as ``BF16``."""
+    dtypes = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="np") as file:
+            dtypes |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    return dtypes
 
 
 def _module_names(folder: Path) -> set[str]:

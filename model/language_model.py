@@ -7,9 +7,11 @@ Models, ICLR 2022 (https://arxiv.org/abs/2106.09685).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import psutil
 import torch
@@ -17,7 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 
 from errors import ArgumentError
@@ -60,7 +62,7 @@ def load_causal_lm(
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    try:
+    with _load_explained(folder):
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -70,10 +72,6 @@ def load_causal_lm(
             trust_remote_code=False,
             use_safetensors=True,
         )
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # transformers does not document what it raises
-        raise ArgumentError("folder", folder, f"cannot be loaded ({describe(error)})") from error
     _keep_differentiable(model)
     _make_head_inputs_contiguous(model)
     if device.type == "cuda":
@@ -83,6 +81,56 @@ def load_causal_lm(
     if fused_kernels:
         use_fused_kernels(model)
     return cast(PreTrainedModel, model)
+
+
+@contextmanager
+def _load_explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # transformers does not document what it raises
+        raise ArgumentError("folder", folder, f"cannot be loaded ({describe(error)})") from error
+
+
+class Sizes(NamedTuple):
+    """What a language model with adapters consists of.
+
+    Attributes:
+        weights: number of weights without the adapters.
+        adapters: number of weights of the adapters.
+        inputs: numbers in the inputs of the layers with adapters, per token. They are the least
+            that training keeps: gradient checkpointing recomputes the rest.
+    """
+
+    weights: int
+    adapters: int
+    inputs: int
+
+
+def measure(folder: Path, *, rank: int, target_modules: Sequence[str]) -> Sizes:
+    """Measure a model and its adapters without allocating either.
+
+    Args:
+        folder: folder of the model.
+        rank: see ``add_lora``.
+        target_modules: see ``add_lora``.
+
+    Raises:
+        ArgumentError: ``folder`` cannot be loaded, or ``target_modules`` cannot have adapters.
+    """
+    with torch.random.fork_rng(), torch.device("meta"):
+        with _load_explained(folder):
+            config = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        weights = model.num_parameters()
+        adapted = add_lora(model, rank=rank, alpha=rank, dropout=0.0, target_modules=target_modules)
+    trained = [name for name, x in adapted.named_parameters() if x.requires_grad]
+    layers = {match[1] for name in trained if (match := re.search(r"\.(\d+)\.", name))}
+    inputs = len(layers) * model.config.get_text_config().hidden_size
+    return Sizes(weights, adapted.num_parameters(only_trainable=True), inputs)
 
 
 def computing_dtype(device: torch.device) -> torch.dtype:

@@ -25,13 +25,15 @@ from augmentation.prompts import (
     IdPrompts,
     PublishedPrompts,
     TrainingExamples,
+    training_history,
 )
 from config import AugmentationConfig
-from dataloader.prompt_batches import BatchLimits
-from dataloader.sampler import ShuffledBatches
+from dataloader.prompt_batches import Batch, BatchLimits
+from dataloader.sampler import ShuffledBatches, training_loader
 from datasets import SequenceDataset
 from distributed import in_main_process, largest, main_first
 from errors import UserError, advice
+from model.hub import sizes
 from model.language_model import (
     check_adapter,
     dequantize_for_inference,
@@ -43,7 +45,13 @@ from model.verbalizer import response_loss
 from recipes.language_model import LanguageModel
 from recipes.runs import FROM_SCRATCH, is_finished, other_run_explained
 from recipes.training import build_trainer, close_run, loop_settings, open_run
-from recipes.tuning import batch_limits, fit_memory, load_with_adapters, tuning_advice
+from recipes.tuning import (
+    batch_limits,
+    check_memory,
+    fit_memory,
+    load_with_adapters,
+    tuning_advice,
+)
 from storage import atomic_folder, atomic_path, write_json
 from trainer.loop import LoopSettings, Metrics
 from trainer.optimization import make_accelerator
@@ -85,9 +93,13 @@ def augment(
         return
     prompts = build_prompts(config, data, language_model)
     check_later_stages(config, data, prompts)
+    check_window(config, data, prompts, language_model)
     accelerator = make_accelerator(config.device, config.seed)
     with other_run_explained():
         resumed = config.resume and run.is_started()
+    reused = config.reuse and earlier.get("tuning") == details["stages"]["tuning"]
+    if not reused and not (resumed and is_tuned(run)):
+        check_memory(language_model, config, first_step(config, data, prompts, language_model))
     with main_first():
         log = open_run(run, config, details, resumed=resumed)
         if config.reuse:
@@ -150,6 +162,33 @@ def check_later_stages(
             load_retriever(Path(config.retriever_path), data.num_items)
 
 
+def check_window(
+    config: AugmentationConfig,
+    data: SequenceDataset,
+    prompts: IdPrompts,
+    language_model: LanguageModel,
+) -> None:
+    """Refuse texts that would grow beyond the positions that the language model has.
+
+    Only the published prompts leave no room for what is generated.
+
+    Raises:
+        UserError: a user's prompt is too long.
+    """
+    _, positions = sizes(language_model.base.folder)
+    room = positions - config.max_new_tokens
+    if config.id_prompt != "published" or config.llm_max_text_len <= room:
+        return
+    users = range(data.num_users)
+    longest = max(len(prompts.encode(user, training_history(data, user))) for user in users)
+    if longest > room:
+        raise UserError(
+            f"--max_new_tokens {config.max_new_tokens}: {language_model.base.name} reads at most "
+            f"{positions:,} tokens, and a prompt has {longest:,}: lower it, or --llm_max_text_len "
+            f"to {room} to cut prompts"
+        )
+
+
 def reuse_stages(
     earlier_dir: Path, run_dir: Path, earlier: Mapping[str, str], stages: Mapping[str, str]
 ) -> None:
@@ -185,14 +224,18 @@ def tuned_model(
     log: RunLog,
 ) -> PeftModel:
     """The language model with the adapter of the run's folder, tuned first if there is none."""
-    adapter = run.path / ADAPTER
     model = load_with_adapters(language_model, config, accelerator)
-    if not adapter.exists() or run.is_interrupted():
+    if not is_tuned(run):
         tune(config, data, run, language_model, prompts, accelerator, log, model)
     with advice(FROM_SCRATCH):
-        load_adapter(model, adapter)
+        load_adapter(model, run.path / ADAPTER)
     dequantize_for_inference(model)
     return model.eval()
+
+
+def is_tuned(run: RunFolder) -> bool:
+    """Whether the run's folder has an adapter whose tuning is finished."""
+    return (run.path / ADAPTER).exists() and not run.is_interrupted()
 
 
 def tune(
@@ -279,6 +322,20 @@ def training_examples(
         limits=limits,
         seed=seed,
     )
+
+
+def first_step(
+    config: AugmentationConfig,
+    data: SequenceDataset,
+    prompts: IdPrompts,
+    language_model: LanguageModel,
+) -> list[Batch]:
+    """Micro-batches of the first optimizer step."""
+    limits = batch_limits(config, language_model)
+    examples = training_examples(config, data, prompts, limits, seed=config.seed)
+    sampler = ShuffledBatches(len(examples), config.train_batch_size, config.seed)
+    step: list[Batch] = next(iter(training_loader(examples, sampler, 0)))
+    return step
 
 
 class Validation:

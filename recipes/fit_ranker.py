@@ -13,7 +13,7 @@ from peft import PeftModel
 from config import LOG_LIKELIHOOD, RankerConfig
 from dataloader.candidates import SPLITS, Candidates
 from dataloader.prompt import PromptBuilder
-from dataloader.sampler import ShuffledBatches
+from dataloader.sampler import ShuffledBatches, training_loader
 from dataloader.title_prompt import TitlePrompts
 from datasets import SequenceDataset
 from distributed import in_main_process, size
@@ -38,7 +38,13 @@ from recipes.training import (
     open_run,
     print_metrics,
 )
-from recipes.tuning import batch_limits, fit_memory, load_with_adapters, tuning_advice
+from recipes.tuning import (
+    batch_limits,
+    check_memory,
+    fit_memory,
+    load_with_adapters,
+    tuning_advice,
+)
 from recipes.verbalizers import Verbalizer, build_verbalizer
 from storage import write_arrays, write_json
 from trainer.loop import LoopSettings, Metrics, Trainer
@@ -109,6 +115,7 @@ def set_up(
 ) -> tuple[Trainer, Evaluator]:
     """Build everything that training needs, and open the run's folder."""
     accelerator = make_accelerator(config.device, config.seed)
+    check_memory(language_model, config)
     verbalizer = build_verbalizer(
         config, data, candidates, language_model, accelerator.device, prompts
     )
@@ -116,6 +123,7 @@ def set_up(
     total_steps = ranker_loop(config, language_model).total_steps(len(sampler))
     seen = sampler.first_examples(total_steps)
     examples = verbalizer.training_examples(seen)
+    check_memory(language_model, config, next(iter(training_loader(examples, sampler, 0))))
     model = load_model(language_model, config, accelerator)
     language_model = fit_memory(model, language_model, config)
     examples.limits = batch_limits(config, language_model)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 import torch
 from safetensors.torch import load_model, save_model
 from torch.utils.data import DataLoader
@@ -27,7 +26,7 @@ from model.hub import BaseModel
 from model.losses import CatalogueLoss, SampledCrossEntropy, catalogue_loss, linear_cross_entropy
 from model.registry import build_retriever
 from model.titles import cached_title_encodings, init_item_embeddings_
-from process import use_cuda
+from process import free_memory, use_cuda
 from recipes.runs import FROM_SCRATCH, is_finished
 from recipes.training import (
     build_trainer,
@@ -36,6 +35,7 @@ from recipes.training import (
     metrics_table,
     open_run,
     print_metrics,
+    training_bytes,
 )
 from storage import atomic_path, reading, write_json
 from trainer.loop import Advice, LoopSettings, Metrics, Trainer
@@ -43,7 +43,6 @@ from trainer.optimization import make_accelerator
 from trainer.run_folder import RunFolder
 
 WEIGHTS = "model.safetensors"
-BYTES_PER_PARAMETER = 16  # float32 weight, gradient and two moments of the optimizer
 VAL_METRICS = "val_metrics.json"
 TEST_METRICS = "test_metrics.json"
 
@@ -133,13 +132,13 @@ def check_memory(config: RetrieverConfig, num_items: int, device: torch.device) 
     with torch.random.fork_rng(), torch.device("meta"):  # allocates nothing
         model = build_model(config, num_items, None)
     size = sum(parameter.numel() for parameter in model.parameters())
-    is_cuda = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available
-    if BYTES_PER_PARAMETER * size > free:
+    needed = training_bytes(size, config)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    if needed > free:
         raise UserError(
             f"--hidden_units {config.hidden_units}, --num_blocks {config.num_blocks}: training "
-            f"{size:,} parameters takes {BYTES_PER_PARAMETER * size / 2**30:,.0f} GiB, and "
-            f"{free / 2**30:,.0f} GiB are free: lower them"
+            f"{size:,} parameters takes {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are "
+            "free: lower them"
         )
 
 

@@ -16,9 +16,11 @@ import pyarrow.parquet as pq
 from datasets import SequenceDataset
 from datasets.custom import INTERACTION_COLUMNS
 from datasets.tables import are_dates, find_columns, find_separator, has_quotes, to_times
+from errors import UserError
 from storage import reading
 
 ROWS = 65_536  # read at once
+RECENT = 65_536  # users whose names are remembered; memory must not grow with the table
 
 
 class Person(NamedTuple):
@@ -37,8 +39,9 @@ class People:
     """The users of a table, in its order; those without a known item are counted and left out.
 
     A table with a column ``user`` lists users of the data set. One with ``user``, ``item`` and
-    ``timestamp`` has the interactions of anybody, all rows of a user next to each other. Files and
-    their columns are named as in custom data.
+    ``timestamp`` has the interactions of anybody, all rows of a user next to each other: a user who
+    appears again is refused if at most ``RECENT`` others lie between. Files and their columns are
+    named as in custom data.
 
     Args:
         path: CSV, TSV, Parquet or ``.inter`` file.
@@ -119,16 +122,26 @@ class People:
     def _interactions(self) -> Iterator[Person]:
         # Index 0 is padding; its empty name must not match an empty cell.
         index_of = {name: index for index, name in enumerate(self.data.item_names) if index}
-        for name, own in groupby(self._rows(), key=lambda row: row[0]):
-            known = [(time, index_of[item]) for _, item, time in own if item in index_of]
+        recent: dict[str, None] = {}  # oldest first
+        for name, own in groupby(self._rows(), key=lambda row: row[1]):
+            rows = list(own)
+            if name in recent:
+                raise UserError(
+                    f"{self.path} row {rows[0][0]}: user '{name[:50]}' appears again after others: "
+                    "sort the table so that all rows of a user are next to each other"
+                )
+            recent[name] = None
+            if len(recent) > RECENT:
+                del recent[next(iter(recent))]
+            known = [(time, index_of[item]) for *_, item, time in rows if item in index_of]
             known.sort(key=lambda row: row[0])
             yield Person(name, np.array([item for _, item in known], dtype=np.int32))
 
-    def _rows(self) -> Iterator[tuple[str, str, float]]:
-        """User, item and time of each interaction."""
+    def _rows(self) -> Iterator[tuple[int, str, str, float]]:
+        """Row in the file, user, item and time of each interaction."""
         dates = None
         for users, items, column in self._batches("user", "item", "timestamp"):
             if len(column):
                 dates = are_dates(column) if dates is None else dates
                 times = to_times(column, self.path, first_row=column.index[0], dates=dates)
-                yield from zip(users, items, times)
+                yield from zip(users.index, users, items, times)

@@ -166,12 +166,16 @@ def finished_settings(run_dir: Path) -> dict[str, Any]:
     """The ``config.json`` of a finished run of either stage; a ranker's has ``verbalizer``.
 
     Raises:
-        UserError: there is no such run.
+        UserError: there is no such run, or it is not finished.
     """
     if not (run_dir / CONFIG).exists():
         raise UserError(f"--run {run_dir}: no {CONFIG} there; name the folder of a finished run")
     with advice("name another run with --run, or run it again"):
         settings: dict[str, Any] = read_json(run_dir / CONFIG)
+    if settings.keys().isdisjoint(("model_code", "verbalizer")):
+        raise UserError(
+            f"--run {run_dir}: it is no run of train_retriever.py or train_ranker.py; name one"
+        )
     last = "fusion.json" if "verbalizer" in settings else "test_metrics.json"
     if not (run_dir / last).exists():
         raise UserError(f"--run {run_dir}: the run is not finished; continue it with --resume")

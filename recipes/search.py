@@ -10,12 +10,15 @@ from torch import cuda
 
 from config import RetrieverConfig
 from datasets import SequenceDataset
-from errors import advice
+from errors import UserError, advice
 from model.hub import BaseModel
+from process import free_memory
 from recipes.fit_retriever import TEST_METRICS, title_encodings
 from recipes.training import print_metrics
 from trainer.grid_search import Point, grid, num_cores, publish, run_points, select, table
 from trainer.run_folder import CONFIG, LOG, SEARCH_RUNS, RunFolder
+
+PROCESS_BYTES = 100 << 20  # an interpreter with torch takes more
 
 
 def search(
@@ -34,12 +37,13 @@ def search(
         encoder: text encoder whose title encodings initialize the item embeddings.
         command: the command line of this search, script included.
     """
+    points = grid(run.path / SEARCH_RUNS, config.search_weight_decay, config.search_dropout)
+    check_jobs(config.search_jobs, len(points))
     if encoder:
         title_encodings(config, data, encoder)  # once, for the cache
     if config.overwrite:
         run.clear()
     num_gpus = 0 if config.device == "cpu" else cuda.device_count()
-    points = grid(run.path / SEARCH_RUNS, config.search_weight_decay, config.search_dropout)
     with advice("to continue, run the same command without --overwrite"):
         run_points(
             points,
@@ -53,6 +57,24 @@ def search(
     print(f"\n{data.code}, {config.model_code}, {best.name}")
     print_metrics(run.path / TEST_METRICS, "test")
     print(f"\nwritten to {run.path}")
+
+
+def check_jobs(jobs: int | None, num_points: int) -> None:
+    """Refuse more processes at once than there can be memory for.
+
+    Args:
+        jobs: the flag's value.
+        num_points: points of the grid.
+
+    Raises:
+        UserError: the interpreters alone would take more memory than is free.
+    """
+    needed, free = min(jobs or 0, num_points) * PROCESS_BYTES, free_memory()
+    if needed > free:
+        raise UserError(
+            f"--search_jobs {jobs}: the processes take at least {needed / 2**30:,.1f} GiB, and "
+            f"{free / 2**30:,.1f} GiB are free: use fewer"
+        )
 
 
 def _flags(config: RetrieverConfig, point: Point) -> list[str]:

@@ -54,6 +54,12 @@ def loop_settings(
     )
 
 
+def training_bytes(num_weights: int, config: CommonConfig) -> int:
+    """Memory of float32 weights, their gradients, the optimizer's state and the moving average."""
+    moments = int(bool(config.momentum)) if config.optimizer == "SGD" else 2
+    return 4 * num_weights * (2 + moments + bool(config.ema_decay))
+
+
 def build_optimization(
     model: nn.Module, config: CommonConfig, *, lr: float, total_steps: int, paged: bool
 ) -> tuple[Optimizer, LambdaLR]:

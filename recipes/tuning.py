@@ -2,28 +2,90 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from accelerate import Accelerator
 from peft import PeftModel
 
 from config import LanguageModelConfig
-from dataloader.prompt_batches import BatchLimits
-from errors import flag_names
+from dataloader.prompt_batches import Batch, BatchLimits
+from errors import UserError, flag_names
+from model.hub import stored_dtypes
 from model.language_model import (
     add_lora,
     dequantize,
     load_causal_lm,
+    measure,
     plan_activations,
     recompute_activations,
 )
 from model.packing import packs
+from process import free_memory
 from recipes.language_model import LanguageModel
 from recipes.runs import FROM_SCRATCH
+from recipes.training import training_bytes
 from trainer.loop import Advice
 
+GIB = 2**30
 LEAST_TOKENS = 2048  # below this, micro-batches on CUDA are too small to be efficient
 # Fixed cost of a micro-batch in tokens: overhead of calls on the CPU, dequantization on CUDA. The
 # latter is an estimate for Llama-2-7B in NF4, not a measurement.
 FIXED_TOKENS = {"cpu": 128, "cuda": 512}
+
+
+def check_memory(
+    language_model: LanguageModel, config: LanguageModelConfig, step: Sequence[Batch] = ()
+) -> None:
+    """Refuse on the CPU what cannot fit in memory, where the system would end the run.
+
+    On CUDA, torch reports it. The estimate is what a run takes at the least: weights that are not
+    read from their file whenever they are needed, as those in bfloat16 are; adapters with all that
+    their training keeps; and the inputs of the layers for the largest micro-batch.
+
+    Args:
+        language_model: the base model.
+        config: all settings.
+        step: micro-batches of an optimizer step, if they are known.
+
+    Raises:
+        UserError: it takes more memory than is free.
+    """
+    if language_model.device != "cpu":
+        return
+    (name, folder, _), in_4bit = language_model.base, language_model.in_4bit
+    with flag_names(folder="llm_base_model", target_modules="lora_target_modules"):
+        sizes = measure(folder, rank=config.lora_r, target_modules=config.lora_target_modules)
+    is_mapped = not in_4bit and "BF16" in stored_dtypes(folder)
+    rows, length = max((x["input_ids"].shape for x in step), key=math.prod, default=(0, 0))
+    widest = f"--tokens_per_batch {language_model.max_tokens}"
+    if rows == 1:
+        widest = f"--llm_max_text_len {config.llm_max_text_len}"
+    free, needed = free_memory(), 0.0
+    for flag, what, size in (
+        (
+            f"--llm_base_model {name}",
+            "its weights take",
+            0.0 if is_mapped else (0.5 if in_4bit else 2.0) * sizes.weights,
+        ),
+        (
+            f"--lora_r {config.lora_r}",
+            f"training {sizes.adapters:,} weights takes",
+            training_bytes(sizes.adapters, config),
+        ),
+        (
+            widest,
+            f"training on {rows * length:,} tokens at once takes",
+            2.0 * sizes.inputs * rows * length,
+        ),
+    ):
+        needed += size
+        if needed > free:
+            beside = f", {needed / GIB:,.1f} GiB with all else" if needed > size else ""
+            raise UserError(
+                f"{flag}: {what} at least {size / GIB:,.1f} GiB{beside}, and {free / GIB:,.1f} GiB "
+                "are free: use a smaller one"
+            )
 
 
 def load_with_adapters(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 ROOT = Path(__file__).parent.parent
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 # The default prompt, written out so that tests notice a change of it.
 INSTRUCTION = (
     "Given user history in chronological order, recommend an item from the candidate pool with "
@@ -83,6 +84,12 @@ def interrupt(
     _, errors = process.communicate()
     assert modified() != before, "the run ended before it could be interrupted"
     return process.returncode, (errors.splitlines() or [""])[-1]
+
+
+def workers(launcher: subprocess.Popen) -> list[int]:
+    """Ids of the processes that a launcher has started."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+    return [int(pid) for pid in children.read_text().split()]
 
 
 def file_names(folder: Path) -> list[str]:

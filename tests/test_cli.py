@@ -166,7 +166,9 @@ def test_wrong_choices_are_listed():
 # The question for the data set ------------------------------------------------------------------
 
 
-def test_dataset_is_asked_for_at_a_terminal(monkeypatch: pytest.MonkeyPatch):
+def test_dataset_is_asked_for_at_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     for answer, code in (("1", "ml-100k"), ("b", "beauty"), ("g ", "games"), ("beauty", "beauty")):
         monkeypatch.setattr("builtins.input", lambda prompt, answer=answer: answer)
@@ -183,6 +185,14 @@ def test_dataset_is_asked_for_at_a_terminal(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("builtins.input", end)  # Ctrl-D
     with pytest.raises(UserError, match="pass --dataset_code"):
         retriever()
+
+    def interrupt(prompt: str) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupt)  # Ctrl-C: no run that could be resumed
+    with pytest.raises(SystemExit) as caught:
+        retriever()
+    assert caught.value.code == 130 and capsys.readouterr().err == "\n"
 
 
 def test_dataset_is_not_asked_for_without_a_terminal(monkeypatch: pytest.MonkeyPatch):

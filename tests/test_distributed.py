@@ -3,7 +3,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,9 @@ from torch.utils.data import Dataset
 import distributed
 from dataloader.sampler import ShuffledBatches, evaluation_loader, training_loader
 from distributed import in_main_process, interleave, joined, largest, main_first, total
-from tests.helpers import ROOT, contents, copy_run, run_script
+from tests.helpers import LAUNCH, ROOT, contents, copy_run, run_script, workers
 
 INTERACTIONS = np.array([0, 0, 2, 4, 4, 6]), np.array([3, 9, 30, 1, 17, 2])  # users, items
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 NO_DROPOUT = ["--dropout", 0, "--attn_dropout", 0]
 
 
@@ -203,7 +201,6 @@ def kill_workers(command: list[str], run: Path, victims: slice) -> None:
         while not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before:
             assert process.poll() is None, "the run ended before it could be killed"
             time.sleep(0.01)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        for pid in children[victims]:
-            os.kill(int(pid), signal.SIGKILL)
+        for pid in workers(process)[victims]:
+            os.kill(pid, signal.SIGKILL)
         assert process.wait(120) != 0

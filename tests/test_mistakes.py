@@ -29,6 +29,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import augment_data
+import train_ranker
 import train_retriever
 from errors import UserError
 from process import has_cuda_driver
@@ -135,6 +137,8 @@ FLAGS = [
     Mistake("cut-off in words", f"{RETRIEVE} --metric_ks 5 ten", "--metric_ks: 'ten' is not a"),
     Mistake("far too many blocks", f"{RETRIEVE} --num_blocks 100000",
             "--num_blocks/--bert_num_blocks: 100000 is out of range; it must be at most 256"),
+    Mistake("far too many jobs", f"{RETRIEVE} --search --search_jobs 2147483647",
+            "--search_jobs: 2147483647 is out of range; it must be at most 1024"),
     Mistake("far too large a rank", f"{RANK} --lora_r 100000", "--lora_r: 100000 is out of range"),
     Mistake("far too many workers", f"{RETRIEVE} --num_workers 1000",
             "--num_workers: 1000 is out of range; it must be at most 256"),
@@ -175,9 +179,19 @@ FLAGS = [
     Mistake("no examples", f"{AUGMENT} --global_examples 0 --local_examples 0",
             "--global_examples 0 --local_examples 0 leave nothing to train on"),
     Mistake("temperature 0", f"{AUGMENT} --temperature 0",
-            "--temperature and --top_p must be above 0"),
+            "--temperature: 0 is out of range; it must be at least 0.01"),
+    Mistake("temperature that divides to infinity", f"{AUGMENT} --temperature 1e-300",
+            "--temperature: 1e-300 is out of range; it must be at least 0.01"),
     Mistake("no tokens to sample from", f"{AUGMENT} --top_p 0", "must be above 0 to sample"),
     Mistake("probability above 1", f"{AUGMENT} --top_p 1.1", "--top_p: 1.1 is out of range"),
+    Mistake("far too many examples", f"{AUGMENT} --global_examples 1000000",
+            "--global_examples: 1000000 is out of range; it must be at most 1000"),
+    Mistake("far too many examples of some items", f"{AUGMENT} --local_examples 2147483647",
+            "it must be at most 1000"),
+    Mistake("far too large a batch", f"{AUGMENT} --train_batch_size 2147483647",
+            "--train_batch_size: 2147483647 is out of range; it must be at most 65536"),
+    Mistake("far too large a batch of the ranker", f"{RANK} --train_batch_size 2147483647",
+            "it must be at most 65536"),
     Mistake("no steps", f"{AUGMENT} --max_steps 0", "--max_steps: 0 is out of range"),
     Mistake("no room for a prompt", f"{AUGMENT} --max_new_tokens 1536",
             "--max_new_tokens 1536 leaves no room for a prompt in --llm_max_text_len 1536"),
@@ -852,6 +866,25 @@ def test_damaged_files_of_an_interrupted_run(
         path = root / "run" / name
         path.write_bytes(path.read_bytes()[:-9])
         check(Mistake("", f"{command} --resume", f"run/{name} is damaged ("), root)
+
+
+@pytest.mark.parametrize("free", [0, 300_000])
+@pytest.mark.parametrize("command", [MODEL, AUGMENT])
+def test_no_memory_for_a_language_model(
+    command: str, free: int, folder_with: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    root = folder_with({"run/rankings.npz": "earlier", "run/augmented.npz": "earlier"})
+    before = snapshot(root)
+    monkeypatch.chdir(root)
+    monkeypatch.setattr("recipes.tuning.free_memory", lambda: free)
+    script, *words = (
+        f"{command} --overwrite --lora_r 1 --tokens_per_batch 2147483647 --max_steps 1".split()
+    )
+    main = {"train_ranker.py": train_ranker.main, "augment_data.py": augment_data.main}[script]
+    message = "--tokens_per_batch 2147483647: training on " if free else "--llm_base_model model: "
+    with pytest.raises(UserError, match=f"^{message}"):
+        main(words)
+    assert snapshot(root) == before
 
 
 # Fast answers -----------------------------------------------------------------------------------

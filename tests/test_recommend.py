@@ -123,7 +123,10 @@ def test_a_conversation(
         (["--user", "u1", "--k", "0"], "--k and --part_users must be at least 1"),
         (["--user", "u1", "--k", "41"], "--k 41: 40 items are in the catalogue"),
         (["--user", "nobody"], "--user nobody: no such user in interactions-.*; similar: "),
+        (["--user", ""], "--user : no such user"),
         (["--history", " ; "], "--history: no titles"),
+        (["--history", ""], "--history: no titles"),
+        (["--input", "/dev/null", "--output", "x"], "/dev/null is not a regular file"),
         (["--history", "qqqq"], "give other titles with --history|no title in .* resembles"),
         ([], "give a user with --user, titles with --history or a file with --input"),
     ],
@@ -139,6 +142,9 @@ def test_runs_that_cannot_be_used(retrieved: Path, tmp_path: Path):
         recommend.main(["--run", str(tmp_path), "--user", "u1"])
     (tmp_path / "config.json").write_bytes((retrieved / "config.json").read_bytes())
     with pytest.raises(UserError, match="the run is not finished"):
+        recommend.main(["--run", str(tmp_path), "--user", "u1"])
+    (tmp_path / "config.json").write_text('{"temperature": 0.8}')  # of augment_data.py
+    with pytest.raises(UserError, match="it is no run of train_retriever"):
         recommend.main(["--run", str(tmp_path), "--user", "u1"])
 
 

@@ -1,9 +1,11 @@
 """No content of a file is executed, every download is pinned or local, and secrets stay secret."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from tests.helpers import ROOT, run_script
 
@@ -141,3 +143,22 @@ def test_secrets_stay_secret_and_wandb_is_not_imported(
     assert len(list(tmp_path.rglob("config.json"))) == 2
     for path in tmp_path.rglob("*"):
         assert path.is_dir() or SECRET.encode() not in path.read_bytes(), path
+
+
+# Dependencies -----------------------------------------------------------------------------------
+
+
+def test_locked_versions_are_within_bounds_and_have_hashes():
+    pin = re.compile(
+        r"^([\w.-]+)==(\S+) \\((?:\n    --hash=sha256:[0-9a-f]{64}(?: \\)?)+)", re.MULTILINE
+    )
+    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    locked = {name: version for name, version, _ in pin.findall(lock)}
+    entries = [line for line in lock.splitlines() if not line.startswith(("#", " "))]
+    assert len(locked) == len(entries) > 50  # each with hashes
+    locked["torch"] = re.findall(r"pip install torch==(\S+)", lock)[0]  # which the comment installs
+    for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            asked = Requirement(line)
+            version = locked[asked.name.lower().replace("_", "-")]
+            assert asked.specifier.contains(version), (line, version)

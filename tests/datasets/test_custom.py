@@ -54,6 +54,20 @@ def test_the_last_of_several_titles_counts(
     assert f"note: {items}: 1 items have several titles" in printed and "item is i7" in printed
 
 
+def test_titles_that_look_missing_are_pointed_out(
+    toy: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    items = tmp_path / "items.csv"
+    items.write_text(toy["items"].read_text().replace('"The i7 Story, part 7"', "NaN"))
+    assert custom.source(toy["interactions"], items).read().titles["i7"] == "NaN"
+    assert capsys.readouterr().err == (
+        f"note: {items}: 1 items are titled 'NaN', which looks like a missing title; the first "
+        "such item is i7\n"
+    )
+    custom.source(toy["interactions"], toy["items"]).read()
+    assert capsys.readouterr().err == ""
+
+
 def test_unknown_extension(tmp_path: Path):
     with pytest.raises(UserError, match=r"log\.xlsx: its name must end in \.csv"):
         custom.source(tmp_path / "log.xlsx", tmp_path / "items.csv")

@@ -1,9 +1,12 @@
 """Runs that are killed again and again end as if nothing had happened.
 
 Each campaign runs a script without interruption, then again with a number of SIGKILLs at random
-moments, each time resumed: the final files must be the same to the byte.
+moments, each time resumed: the final files must be the same to the byte. All campaigns together:
+
+    .venv/bin/python -m pytest -n logical -m slow tests/faults/test_kills.py
 """
 
+import os
 import random
 import signal
 import subprocess
@@ -14,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from datasets import SequenceDataset
-from tests.helpers import ROOT, contents
+from tests.helpers import LAUNCH, ROOT, contents, workers
 
 RETRIEVER = [
     "train_retriever.py", "--device", "cpu", "--max_steps", 400, "--val_iterations", 20,
@@ -33,7 +36,7 @@ AGAIN = {  # how a script is started again
     "recommend.py": ["--output", "{}", "--resume"],
     "export_run.py": ["--output", "{}", "--overwrite"],
 }
-KILLS = 9  # in each of the 18 campaigns that are marked slow
+KILLS = 10  # in each of the 21 campaigns that are marked slow
 AUGMENTATION = [
     "augment_data.py", "--device", "cpu", "--max_steps", 30, "--lora_val_iterations", 10,
     "--train_batch_size", 8, "--max_new_tokens", 60, "--test_batch_size", 4,
@@ -41,9 +44,10 @@ AUGMENTATION = [
 ]  # fmt: skip
 
 
-def start(command: list, folder: Path) -> subprocess.Popen:
+def start(command: list, folder: Path, processes: int = 1) -> subprocess.Popen:
     script, *flags = command
-    words = [sys.executable, str(ROOT / script), *map(str, flags)]
+    python = [sys.executable] if processes == 1 else [*LAUNCH, str(processes)]
+    words = [*python, str(ROOT / script), *map(str, flags)]
     return subprocess.Popen(
         [*words, *(word.format(folder) for word in AGAIN.get(script, AGAIN[""]))],
         stdin=subprocess.DEVNULL,
@@ -64,20 +68,27 @@ def assert_same(run: Path, expected: Path) -> None:
     assert [name for name in ours if ours[name] != theirs[name]] == []
 
 
-def campaign(command: list, kills: int, tmp_path: Path, seed: int = 0) -> None:
+def kill(process: subprocess.Popen, processes: int, rng: random.Random) -> bool:
+    """Kill a run, or some of its processes, which ends the others; False if none has started."""
+    started = [process.pid] if processes == 1 else workers(process)
+    for pid in rng.sample(started, rng.randint(1, len(started)) if started else 0):
+        os.kill(pid, signal.SIGKILL)
+    return bool(started)
+
+
+def campaign(command: list, kills: int, tmp_path: Path, seed: int = 0, processes: int = 1) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     began = time.monotonic()
-    finish(start(command, whole))
+    finish(start(command, whole, processes))
     seconds = time.monotonic() - began
     rng = random.Random(seed)
     landed = ended = 0
     while landed < kills:
-        process = start(command, broken)
+        process = start(command, broken, processes)
         try:
             process.communicate(timeout=rng.uniform(0.3, 0.8) * seconds)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            landed += 1
+            landed += kill(process, processes, rng)
         process.communicate()
         if process.returncode == 0:  # it finished before the kill: start another run
             assert_same(broken, whole)
@@ -85,7 +96,7 @@ def campaign(command: list, kills: int, tmp_path: Path, seed: int = 0) -> None:
             broken = tmp_path / f"broken{ended}"
             seconds *= 0.8  # the machine may be less busy than at first
         time.sleep(0.3)  # the runs of a search end a moment after it
-    finish(start(command, broken))
+    finish(start(command, broken, processes))
     assert_same(broken, whole)
     assert not list(tmp_path.glob(".*"))  # nor anything beside the folder
 
@@ -99,6 +110,12 @@ def test_few_kills(toy_flags: list, tmp_path: Path):
 @pytest.mark.parametrize("command", [RETRIEVER, SEARCH], ids=["retriever", "search"])
 def test_many_kills_of_retrievers(command: list, seed: int, toy_flags: list, tmp_path: Path):
     campaign([*command, *toy_flags, "--seed", seed], KILLS, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_many_kills_of_two_processes(seed: int, toy_flags: list, tmp_path: Path):
+    campaign([*RETRIEVER, *toy_flags, "--seed", seed], KILLS, tmp_path, seed, processes=2)
 
 
 @pytest.mark.slow

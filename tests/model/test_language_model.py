@@ -23,6 +23,7 @@ from model.language_model import (
     dequantize_for_inference,
     load_adapter,
     load_causal_lm,
+    measure,
     plan_activations,
     recompute_activations,
     save_adapter,
@@ -262,6 +263,19 @@ def test_checkpointing_does_not_change_gradients(tiny_llama: Path, batch: dict[s
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     for plain, recomputed in zip(*gradients):
         torch.testing.assert_close(plain, recomputed)
+
+
+def test_sizes_are_measured_without_allocating(tiny_llama: Path):
+    state = torch.get_rng_state()
+    sizes = measure(tiny_llama, rank=8, target_modules=("q_proj", "v_proj"))
+    assert torch.equal(torch.get_rng_state(), state)
+    model = adapted(tiny_llama)
+    assert sizes == (
+        load(tiny_llama).num_parameters(),
+        sum(p.numel() for p in model.parameters() if p.requires_grad),
+        2 * 64,
+    )
+    assert measure(tiny_llama, rank=8, target_modules=("1.mlp.up_proj",)).inputs == 64
 
 
 def test_activations_are_measured(tiny_llama: Path):

@@ -11,6 +11,7 @@ import pytest
 from augment_data import STAGES, stage_fingerprints
 from augmentation.filters import REASONS
 from augmentation.merge import Interactions
+from augmentation.prompts import training_history
 from config import AugmentationConfig
 from datasets import SequenceDataset
 from errors import UserError
@@ -19,6 +20,7 @@ from recipes.augment import (
     Validation,
     build_prompts,
     check_later_stages,
+    check_window,
     count,
     reuse_stages,
     tune,
@@ -174,6 +176,24 @@ def test_examples_need_enough_items(data: SequenceDataset, language_model: Langu
     with pytest.raises(UserError, match=r"--min_targets 23 leaves no examples: .* at most 23"):
         check_later_stages(settings, data, prompts)
     check_later_stages(config(min_targets=22), data, prompts)
+
+
+def test_published_prompts_leave_room_for_the_answer(
+    data: SequenceDataset, language_model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+):
+    def check(positions: int, **flags: Any) -> None:
+        monkeypatch.setattr("recipes.augment.sizes", lambda folder: (400, positions))
+        settings = config(max_new_tokens=20, llm_max_text_len=2048, **flags)
+        prompts = build_prompts(settings, data, language_model)
+        check_window(settings, data, prompts, language_model)
+
+    prompts = build_prompts(config(id_prompt="published"), data, language_model)
+    longest = max(len(prompts.encode(u, training_history(data, u))) for u in range(5))
+    check(longest + 20, id_prompt="published")
+    check(longest + 19)
+    message = f"--max_new_tokens 20: tiny-llama reads .* and a prompt has {longest}: lower it, or "
+    with pytest.raises(UserError, match=rf"{message}--llm_max_text_len to {longest - 1} "):
+        check(longest + 19, id_prompt="published")
 
 
 # Counts -----------------------------------------------------------------------------------------

@@ -198,3 +198,15 @@ def test_files_that_cannot_be_used(
     path.write_text(content)
     with pytest.raises(UserError, match=message):
         list(People(path, toy_data))
+
+
+def test_a_user_who_appears_again(
+    toy_data: SequenceDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    item, path = toy_data.item_names[7], tmp_path / "log.csv"
+    rows = (f"{user},{item},1\n" for user in ("ann", "ann", "bob", "ann"))
+    path.write_text("user,item,timestamp\n" + "".join(rows))
+    with pytest.raises(UserError, match=r"log\.csv row 5: user 'ann' appears again after others"):
+        list(People(path, toy_data))
+    monkeypatch.setattr("recipes.people.RECENT", 1)  # ann is no longer remembered
+    assert [person.name for person in People(path, toy_data)] == ["ann", "bob", "ann"]

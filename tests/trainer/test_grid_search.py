@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from errors import UserError
+from recipes.search import PROCESS_BYTES, check_jobs
 from tests.helpers import ROOT, contents, run_script
 from trainer import grid_search
 from trainer.grid_search import Point, grid, num_cores, publish, run_points, select, table
@@ -28,6 +29,17 @@ def test_grid(tmp_path: Path):
     assert [point.run_dir for point in points] == [tmp_path / point.name for point in points]
     assert points[2].name == "weight_decay_0.01_dropout_0.1"
     assert len({point.name for point in points}) == 4
+    assert grid(tmp_path, [0.0, 0.01, 0.0], [0.1, 0.5, 0.1]) == points  # each point once
+
+
+def test_more_processes_than_there_is_memory_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("recipes.search.free_memory", lambda: 2 * PROCESS_BYTES)
+    check_jobs(None, 3)
+    check_jobs(1024, 2)  # no more than points
+    with pytest.raises(
+        UserError, match=r"--search_jobs 1024: the processes take at least 0\.3 GiB"
+    ):
+        check_jobs(1024, 3)
 
 
 @pytest.fixture()
