@@ -122,6 +122,10 @@ FLAGS = [
         env={"ACCELERATE_MIXED_PRECISION": "bf16"},
     ),
     Mistake(
+        "float8 of accelerate", RANK, "ACCELERATE_MIXED_PRECISION=fp8 in the env",
+        env={"ACCELERATE_MIXED_PRECISION": "fp8"},
+    ),
+    Mistake(
         "DeepSpeed", RANK, "ACCELERATE_USE_DEEPSPEED=true in the env",
         env={"ACCELERATE_USE_DEEPSPEED": "true"},
     ),
