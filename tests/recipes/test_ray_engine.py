@@ -78,7 +78,7 @@ def test_same_files_whatever_is_killed(
     second = start(*flags, "--output", str(output), "--resume")
     _, errors = second.communicate(timeout=300)
     assert second.returncode == 0, errors
-    assert "note: 1 users are not in the data set" in errors
+    assert "note: users not in the data set are left out: 1, the first: stranger" in errors
     assert files(output) == expected
 
 
