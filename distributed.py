@@ -57,7 +57,9 @@ def joined() -> Iterator[None]:
     """Go through the block as one of the processes, the others later than main and quietly.
 
     The main process joins them in the block, after its checks. If those fail, the launcher ends the
-    others.
+    others. All wait for each other at the end: a process that failed while it exits would make the
+    launcher end a main process that still writes. The others exit here, at once, because threads of
+    torch can abort an interpreter that shuts down.
     """
     if is_main():
         yield
@@ -68,7 +70,10 @@ def joined() -> Iterator[None]:
     if size() > 1:
         from torch import distributed
 
+        wait()
         distributed.destroy_process_group()
+        if not is_main():
+            os._exit(0)
 
 
 def join() -> None:
