@@ -37,7 +37,7 @@ class Interactions(NamedTuple):
         return hashlib.sha256(self.users.tobytes() + self.items.tobytes()).hexdigest()
 
     def of_users(self, selected: np.ndarray) -> Interactions:
-        """Those of some users (num_users,) bool, who are numbered anew."""
+        """The interactions of the selected users, (num_users,) bool, renumbered from 0."""
         kept = selected[self.users]
         numbers = np.cumsum(selected, dtype=np.int32) - 1
         return Interactions(numbers[self.users[kept]], self.items[kept])

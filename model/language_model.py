@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -108,8 +109,9 @@ class Sizes(NamedTuple):
     inputs: int
 
 
-def measure(folder: Path, *, rank: int, target_modules: Sequence[str]) -> Sizes:
-    """Measure a model and its adapters without allocating either.
+@cache
+def measure(folder: Path, *, rank: int, target_modules: tuple[str, ...]) -> Sizes:
+    """Measure a model and its adapters without allocating either; the second time it is known.
 
     Args:
         folder: folder of the model.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from xml.sax.saxutils import escape, quoteattr
 
 STYLE = """\
@@ -47,6 +47,26 @@ def cell(x: float, y: float, width: float, height: float, content: str, kind: st
     frame = box(x, y, width, height, kind, radius=2)
     middle = text(x + width / 2, y + height / 2 + 5, content, anchor="middle")
     return f"{frame}\n{middle}" if content else frame
+
+
+def neighbor_kind(index: int) -> str:
+    """A kind of box for each of several things in a row, so that neighbors look different."""
+    return "model" if index % 2 == 0 else ""
+
+
+def padded_rows(
+    x: float, y: float, rows: Sequence[Sequence[str]], width: float, height: float, caption: str
+) -> list[str]:
+    """A row of cells for each sequence of contents, padded on the left, below a caption."""
+    parts = [text(x, y - 14, caption, "small")]
+    longest = max(map(len, rows))
+    for index, contents in enumerate(rows):
+        num_empty = longest - len(contents)
+        for column, content in enumerate([*[""] * num_empty, *contents]):
+            kind = "empty" if column < num_empty else neighbor_kind(index)
+            left, top = x + width * column, y + height * index
+            parts.append(cell(left, top, width, height, content, kind))
+    return parts
 
 
 def arrow(path: str) -> str:

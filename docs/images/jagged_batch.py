@@ -6,10 +6,9 @@ Example:
 
 from __future__ import annotations
 
-from drawing import arrow, cell, picture, text
+from drawing import arrow, cell, neighbor_kind, padded_rows, picture, text
 
 SEQUENCES = ((4, 9, 2), (7,), (3, 3, 8, 1, 6), (5, 2))
-LENGTH = max(map(len, SEQUENCES))
 SIZE, ROW = 42, 36  # of a cell
 LABEL = (
     "Four sequences of 3, 1, 5 and 2 items: a padded batch has 20 cells, 9 of them empty; a jagged "
@@ -17,20 +16,10 @@ LABEL = (
 )
 
 
-def kind_of(user: int) -> str:
-    """Neighbors look different."""
-    return "model" if user % 2 == 0 else ""
-
-
 def padded(x: float, y: float) -> list[str]:
     """A row for each sequence, padded on the left."""
-    parts = [text(x, y - 14, "padded: 20 cells, 9 of them empty", "small")]
-    for user, items in enumerate(SEQUENCES):
-        for column, item in enumerate([None] * (LENGTH - len(items)) + list(items)):
-            kind = "empty" if item is None else kind_of(user)
-            content = "" if item is None else str(item)
-            parts.append(cell(x + SIZE * column, y + ROW * user, SIZE, ROW, content, kind))
-    return parts
+    contents = [list(map(str, items)) for items in SEQUENCES]
+    return padded_rows(x, y, contents, SIZE, ROW, "padded: 20 cells, 9 of them empty")
 
 
 def jagged(x: float, y: float) -> list[str]:
@@ -45,8 +34,8 @@ def jagged(x: float, y: float) -> list[str]:
     for user, items in enumerate(SEQUENCES):
         for position, item in enumerate(items):
             left = x + SIZE * column
-            parts.append(cell(left, y, SIZE, ROW, str(item), kind_of(user)))
-            parts.append(cell(left, y + ROW, SIZE, ROW, str(position), kind_of(user)))
+            parts.append(cell(left, y, SIZE, ROW, str(item), neighbor_kind(user)))
+            parts.append(cell(left, y + ROW, SIZE, ROW, str(position), neighbor_kind(user)))
             column += 1
     return [*parts, text(x, y + 2 * ROW + 24, "a sequence starts wherever this is 0", "small")]
 

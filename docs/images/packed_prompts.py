@@ -6,10 +6,10 @@ Example:
 
 from __future__ import annotations
 
-from drawing import arrow, box, cell, picture, text
+from drawing import arrow, box, cell, neighbor_kind, padded_rows, picture, text
 
 LENGTHS = (8, 5, 3)
-LONGEST, TOTAL = max(LENGTHS), sum(LENGTHS)
+TOTAL = sum(LENGTHS)
 SIZE, ROW = 24, 32  # of a token
 DOT = 11  # of the attention
 LABEL = (
@@ -18,19 +18,10 @@ LABEL = (
 )
 
 
-def kind_of(prompt: int) -> str:
-    """Neighbors look different."""
-    return "model" if prompt % 2 == 0 else ""
-
-
 def padded(x: float, y: float) -> list[str]:
     """A row for each prompt, padded on the left; the last token is scored."""
-    parts = [text(x, y - 14, "padded: 24 tokens, 8 of them empty", "small")]
-    for prompt, length in enumerate(LENGTHS):
-        for column in range(LONGEST):
-            kind = kind_of(prompt) if column >= LONGEST - length else "empty"
-            parts.append(cell(x + SIZE * column, y + ROW * prompt, SIZE, ROW, "", kind))
-    return parts
+    contents = [[""] * length for length in LENGTHS]
+    return padded_rows(x, y, contents, SIZE, ROW, "padded: 24 tokens, 8 of them empty")
 
 
 def packed(x: float, y: float) -> list[str]:
@@ -39,7 +30,8 @@ def packed(x: float, y: float) -> list[str]:
     column = 0
     for prompt, length in enumerate(LENGTHS):
         for position in range(length):
-            parts.append(cell(x + SIZE * column, y, SIZE, ROW, str(position), kind_of(prompt)))
+            kind = neighbor_kind(prompt)
+            parts.append(cell(x + SIZE * column, y, SIZE, ROW, str(position), kind))
             column += 1
     return [*parts, text(x, y + ROW + 22, "positions start again at 0", "small")]
 
@@ -52,7 +44,7 @@ def attention(x: float, y: float) -> list[str]:
     for prompt, length in enumerate(LENGTHS):
         for row in range(length):
             left, top = x + DOT * first, y + DOT * (first + row)
-            parts.append(box(left, top, DOT * (row + 1), DOT, kind_of(prompt), radius=0))
+            parts.append(box(left, top, DOT * (row + 1), DOT, neighbor_kind(prompt), radius=0))
         first += length
     return parts
 
