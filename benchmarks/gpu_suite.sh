@@ -42,11 +42,11 @@ models="--models llama-2-7b --tokenizer $KIT/tokenizer"
 base="--llm_base_model $CACHE_ROOT/llama-2-7b-random --llm_base_tokenizer $KIT/tokenizer"
 sizes="--batch_size 16 --steps 3"
 scoring="--users 1 --title_tokens 10 --batch_sizes 16 64 --dequantize"
-rounds="--batch_size 16 --rounds 2"
+rounds="--batch_size 16 --rounds 1"
 retriever="--max_steps 300 --val_iterations 150"
 ranker="--max_steps 30 --lora_val_iterations 30 --val_users 64"
 augmentation="--max_steps 5 --lora_val_iterations 5"
-datasets="games ml-100k"
+datasets=${DATASETS:-games ml-100k}
 if [ "$SMALL" = true ]; then
     datasets=ml-100k
     models="--models smollm2-135m"
@@ -124,12 +124,12 @@ correct)
 fast)
     step letters 330 "$PYTHON" -m benchmarks.ranker_variants $where $models $sizes \
         --datasets $datasets --profile
+    step published 240 "$PYTHON" -m benchmarks.ranker_train $where $models $rounds \
+        --datasets ml-100k
     step scoring 180 "$PYTHON" -m benchmarks.ranker_inference --cache_root "$CACHE_ROOT" \
         --device "$DEVICE" $models $scoring --figure "$OUT/ranker_inference.png"
     step titles 150 "$PYTHON" -m benchmarks.ranker_variants $where $models $sizes \
         --datasets ml-100k --verbalizers titles
-    step published 240 "$PYTHON" -m benchmarks.ranker_train $where $models $rounds \
-        --datasets ml-100k
     ;;
 whole)
     step retriever 90 "$PYTHON" train_retriever.py --dataset_code ml-100k $where $retriever \

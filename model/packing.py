@@ -166,7 +166,7 @@ def _difference(device: torch.device, dtype: torch.dtype, width: int) -> float:
     gradients, expected_gradients = (
         torch.autograd.grad(x.float().sin().sum(), leaves) for x in (found, expected)
     )
-    pairs = zip((found, *gradients), (expected, *expected_gradients))
+    pairs = zip((found.detach(), *gradients), (expected.detach(), *expected_gradients))
     return max(float((ours - theirs).norm() / theirs.norm()) for ours, theirs in pairs)
 
 

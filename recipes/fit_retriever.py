@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model, save_file
 from torch.utils.data import DataLoader
 
 from augmentation.merge import Interactions, merge
@@ -289,8 +289,10 @@ def write(results: Results, data: SequenceDataset, run: RunFolder) -> None:
 @in_main_process
 def save_weights(model: Retriever, path: Path) -> None:
     """Write the weights, complete or not at all."""
+    # Copies, since cuDNN keeps the weights of a GRU in one buffer, which safetensors refuses.
+    weights = {name: weight.to("cpu", copy=True) for name, weight in model.state_dict().items()}
     with atomic_path(path) as temporary:
-        save_model(model, str(temporary))
+        save_file(weights, temporary)
 
 
 def load_weights(model: Retriever, path: Path) -> None:

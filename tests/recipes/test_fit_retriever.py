@@ -152,6 +152,17 @@ def test_weights_round_trip(code: str, tmp_path: Path):
     assert all(torch.equal(value, expected[name]) for name, value in other.state_dict().items())
 
 
+def test_weights_in_one_buffer_are_saved(tmp_path: Path):
+    model, other = small_model("narm", seed=0), small_model("narm", seed=1)
+    weights = list(model.gru.parameters())
+    buffer = torch.cat([weight.detach().flatten() for weight in weights])  # as cuDNN keeps them
+    for weight, part in zip(weights, buffer.split([weight.numel() for weight in weights])):
+        weight.data = part.view_as(weight)
+    save_weights(model, tmp_path / "model.safetensors")
+    load_weights(other, tmp_path / "model.safetensors")
+    assert all(torch.equal(*pair) for pair in zip(other.parameters(), model.parameters()))
+
+
 @pytest.mark.parametrize("content", [None, b"", b"noise"])
 def test_damaged_weights(content: bytes | None, tmp_path: Path):
     path = tmp_path / "model.safetensors"
