@@ -367,6 +367,12 @@ class RankerConfig(LanguageModelConfig):
     llm_retrieved_path: str | None = handling_flag(
         None, "run of the retriever; experiments/lru/<data set> by default", path
     )
+    llm_shard_weights: bool = rounding_flag(
+        False,
+        "split the frozen weights among the processes of torchrun, for a model that does not fit "
+        "on one GPU",
+        boolean,
+    )
     verbalizer: str = result_flag(
         "letters",
         "score candidates by the logits of their index letters, as in the paper, or by the "

@@ -174,6 +174,39 @@ def gather(value: T) -> list[T]:
     return values
 
 
+def smallest(number: int) -> int:
+    """Smallest of every process's number."""
+    return -largest(-number)
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether the processes share a model's weights, see ``model.sharding``."""
+    if size() == 1:
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def repeats(count: int, batch: T) -> list[T]:
+    """What a process must go through beside its own batches, so that all go through equally many.
+
+    Where weights are sharded, all processes must call the model equally often.
+
+    Args:
+        count: how many batches this process has; there may be too few for all.
+        batch: one of them; anything if there are none.
+
+    Returns:
+        The batch as often as needed; in a process without any, that of the main process.
+    """
+    missing = largest(count) - count
+    if smallest(count) == 0:
+        main = from_main(batch)
+        batch = batch if count else main
+    return [batch] * missing
+
+
 def from_main(value: T) -> T:
     """Return the main process's value."""
     return gather(value)[0]

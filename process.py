@@ -188,9 +188,12 @@ def check_device(device: str | None) -> None:
     for name, unchanged in ACCELERATE_SETTINGS.items():
         value = os.environ.get(name, unchanged)
         if value.lower() != unchanged:
+            instead = "or leave it out of accelerate's configuration"
+            if name == "ACCELERATE_USE_FSDP":
+                instead = "and use train_ranker.py --llm_shard_weights true"
             raise UserError(
                 f"{name}={value} in the environment would change what the run computes: unset it, "
-                "or leave it out of accelerate's configuration"
+                f"{instead}"
             )
     if "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ and size() == 1:
         raise UserError(

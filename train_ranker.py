@@ -15,6 +15,7 @@ from config import DATA_FLAGS, RankerConfig, ranker_preset
 from dataloader.candidates import CANDIDATES_FILE, Candidates, load_candidates
 from datasets import SequenceDataset
 from datasets.base import Filters
+from distributed import size
 from errors import UserError, advice
 from flags import reread
 from process import check_device, check_single_process
@@ -50,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_device(config.device)
     if config.dry_run:
         check_single_process()
+    if config.llm_shard_weights and size() == 1:
+        raise UserError(
+            "--llm_shard_weights needs several processes: use torchrun --nproc_per_node N"
+        )
     data = load_data(config)
     describe_data(data, config.ties)
     config = config.with_retriever(data.code)

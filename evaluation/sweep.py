@@ -11,13 +11,12 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from distributed import interleave
+from distributed import interleave, is_sharded, repeats
 from progress import ProgressBar
 
 Step = Callable[[dict[str, Any]], dict[str, Tensor]]
 
 
-@torch.inference_mode()
 def sweep(
     model: nn.Module, loader: DataLoader, step: Step, *, description: str
 ) -> dict[str, np.ndarray]:
@@ -37,10 +36,16 @@ def sweep(
     """
     model.eval()
     device = next(model.parameters()).device
+    sharded = is_sharded(model)
     results = []
-    for batch in ProgressBar(loader, desc=description, unit="batch", leave=False):
-        rows = step(send_to_device(batch, device))
-        results.append({name: values.cpu().numpy() for name, values in rows.items()})
+    # What is gathered of a sharded model outlives the sweep, and training needs it.
+    with torch.no_grad() if sharded else torch.inference_mode():
+        extra = repeats(len(loader), next(iter(loader), None)) if sharded else ()
+        for batch in ProgressBar(loader, desc=description, unit="batch", leave=False):
+            rows = step(send_to_device(batch, device))
+            results.append({name: values.cpu().numpy() for name, values in rows.items()})
+        for batch in extra:
+            step(send_to_device(batch, device))
     results = interleave(results)
     names = results[0] if results else {}
     return {name: np.concatenate([result[name] for result in results]) for name in names}

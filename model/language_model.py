@@ -20,9 +20,12 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 
+from distributed import is_sharded
 from errors import ArgumentError
 from model.cpu_attention import speed_up_on_cpu
 from model.cpu_norm import speed_up_norms
@@ -39,7 +42,12 @@ MEMORY_SHARE = 0.8
 
 
 def load_causal_lm(
-    folder: Path, *, device: torch.device, in_4bit: bool, fused_kernels: bool = False
+    folder: Path,
+    *,
+    device: torch.device,
+    in_4bit: bool,
+    fused_kernels: bool = False,
+    on_host: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model in bfloat16, or in NF4 with double quantization (QLoRA).
 
@@ -50,6 +58,7 @@ def load_causal_lm(
         device: device of the weights.
         in_4bit: quantize the linear layers to NF4.
         fused_kernels: use Liger's kernels on CUDA, see ``use_fused_kernels``.
+        on_host: leave the weights on the host, for ``model.sharding``.
 
     Raises:
         ArgumentError: ``folder`` cannot be loaded, or there are no fused kernels for the model.
@@ -67,7 +76,7 @@ def load_causal_lm(
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            device_map={"": device},
+            device_map={"": torch.device("cpu") if on_host else device},
             quantization_config=quantization if in_4bit else None,
             local_files_only=True,
             trust_remote_code=False,
@@ -77,8 +86,9 @@ def load_causal_lm(
     _make_head_inputs_contiguous(model)
     if device.type == "cuda":
         pack_prompts(model)
-    speed_up_on_cpu(model)
-    speed_up_norms(model)
+    else:
+        speed_up_on_cpu(model)
+        speed_up_norms(model)
     if fused_kernels:
         use_fused_kernels(model)
     return cast(PreTrainedModel, model)
@@ -155,7 +165,7 @@ def dequantize(model: nn.Module) -> None:
     """
     from bitsandbytes.functional import dequantize_4bit
 
-    for parent, name, layer in list(_quantized_layers(model)):
+    for parent, name, layer in list(quantized_layers(model)):
         weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
         with torch.device("meta"):
             plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
@@ -168,13 +178,14 @@ def dequantize_for_inference(model: PeftModel) -> None:
     """Call ``dequantize`` after training, on CUDA, if half of the free memory is left then."""
     needed = sum(
         layer.in_features * layer.out_features * layer.compute_dtype.itemsize
-        for _, _, layer in _quantized_layers(model)
+        for _, _, layer in quantized_layers(model)
     )
-    if model.device.type == "cuda" and 0 < 2 * needed < free_bytes(model.device):
+    is_fast = model.device.type == "cuda" and not is_sharded(model)
+    if is_fast and 0 < 2 * needed < free_bytes(model.device):
         dequantize(model)
 
 
-def _quantized_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+def quantized_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
     """Layers in NF4 with the modules that hold them."""
     for parent in model.modules():
         for name, layer in parent.named_children():
@@ -349,14 +360,21 @@ def activation_bytes_per_token(model: PeftModel) -> float:
     random state does not change; the model is left in eval mode.
     """
     causal_lm: Any = model.get_base_model()
-    weights = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
+    weights, gathered = _addresses(model), set[int]()
     saved: dict[int, int] = {}  # size by address
 
     def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
+        if storage.data_ptr() not in weights | gathered:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
+
+    # Weights that are sharded are here while their layer computes.
+    hooks = []
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            note = module.register_forward_pre_hook(lambda x, _: gathered.update(_addresses(x)))
+            hooks += [note, module.register_forward_hook(lambda *_: gathered.clear())]
 
     input_ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device=model.device)
     model.train()  # dropout saves a mask
@@ -365,10 +383,18 @@ def activation_bytes_per_token(model: PeftModel) -> float:
         torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor),
     ):
         output = causal_lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    for hook in hooks:
+        hook.remove()
     model.eval()
     total = sum(saved.values())
     del output  # keeps all storages alive up to here, so that no address is used twice
     return total / PROBE_TOKENS
+
+
+def _addresses(module: nn.Module) -> set[int]:
+    """Where the weights and buffers of a module lie, those that are here whole."""
+    whole = (x for x in (*module.parameters(), *module.buffers()) if not isinstance(x, DTensor))
+    return {x.untyped_storage().data_ptr() for x in whole}
 
 
 def free_bytes(device: torch.device) -> int:

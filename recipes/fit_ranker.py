@@ -158,7 +158,8 @@ def load_model(
     language_model: LanguageModel, config: RankerConfig, accelerator: Accelerator
 ) -> PeftModel:
     """Load the frozen model and add everything that is trained."""
-    model = load_with_adapters(language_model, config, accelerator)
+    sharded = config.llm_shard_weights and size() > 1
+    model = load_with_adapters(language_model, config, accelerator, sharded=sharded)
     if config.is_guided:
         add_prior_weights(model)
     return model

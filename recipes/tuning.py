@@ -10,6 +10,7 @@ from peft import PeftModel
 
 from config import LanguageModelConfig
 from dataloader.prompt_batches import Batch, BatchLimits
+from distributed import largest, smallest
 from errors import UserError, flag_names
 from model.hub import stored_dtypes
 from model.language_model import (
@@ -21,6 +22,7 @@ from model.language_model import (
     recompute_activations,
 )
 from model.packing import packs
+from model.sharding import shard_weights
 from process import free_memory
 from recipes.language_model import LanguageModel
 from recipes.runs import FROM_SCRATCH
@@ -89,9 +91,19 @@ def check_memory(
 
 
 def load_with_adapters(
-    language_model: LanguageModel, config: LanguageModelConfig, accelerator: Accelerator
+    language_model: LanguageModel,
+    config: LanguageModelConfig,
+    accelerator: Accelerator,
+    *,
+    sharded: bool = False,
 ) -> PeftModel:
     """Load the frozen model and add new adapters.
+
+    Args:
+        language_model: the base model.
+        config: all settings.
+        accelerator: holds the device.
+        sharded: whether the processes share the frozen weights.
 
     Raises:
         UserError: the model cannot be loaded.
@@ -100,12 +112,14 @@ def load_with_adapters(
         folder="llm_base_model",
         fused_kernels="use_liger_kernel",
         target_modules="lora_target_modules",
+        shard_weights="llm_shard_weights",
     ):
         causal_lm = load_causal_lm(
             language_model.base.folder,
             device=accelerator.device,
             in_4bit=language_model.in_4bit,
             fused_kernels=language_model.fused_kernels,
+            on_host=sharded,
         )
         if language_model.in_4bit and config.llm_dequantize:
             dequantize(causal_lm)
@@ -116,6 +130,8 @@ def load_with_adapters(
             dropout=config.lora_dropout,
             target_modules=config.lora_target_modules,
         )
+        if sharded:
+            shard_weights(model, accelerator.device)
     return model
 
 
@@ -141,6 +157,8 @@ def fit_memory(
         may_shrink = language_model.device == "cuda" and config.tokens_per_batch is None
         least = max(LEAST_TOKENS, config.llm_max_text_len) if may_shrink else max_tokens
         max_tokens, recompute = plan_activations(model, max_tokens, least)
+        # All processes must do the same, in particular where they share the weights.
+        max_tokens, recompute = smallest(max_tokens), bool(largest(recompute))
     if recompute:
         recompute_activations(model)
     return language_model._replace(max_tokens=max_tokens, packs=packs(model.get_base_model()))

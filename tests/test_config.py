@@ -204,8 +204,8 @@ def test_flags_that_do_not_change_results():
         "search_jobs", "search_weight_decay", "use_tensorboard", "use_wandb",
     }  # fmt: skip
     rounding = {
-        "gradient_checkpointing", "llm_dequantize", "lora_micro_batch_size", "test_batch_size",
-        "tokens_per_batch", "val_batch_size",
+        "gradient_checkpointing", "llm_dequantize", "llm_shard_weights", "lora_micro_batch_size",
+        "test_batch_size", "tokens_per_batch", "val_batch_size",
     }  # fmt: skip
     assert handling | rounding == IMMATERIAL_FLAGS
 

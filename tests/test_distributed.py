@@ -151,6 +151,39 @@ def test_two_processes_tune_a_ranker_as_one(
     assert contents(two).keys() == contents(one).keys()
 
 
+@pytest.mark.parametrize(
+    ("flags", "tolerance"),
+    [
+        (["--llm_load_in_4bit", "true"], 1e-5),
+        (["--verbalizer", "titles", "--folds", 2, "--gradient_checkpointing", "true"], 1e-3),
+    ],
+)
+def test_sharded_weights_train_as_one_process(
+    flags: list[object], tolerance: float, retrieved: Path, tiny_llama: Path, tmp_path: Path
+):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    # Steps of 3 examples leave a process without any, and other numbers of micro-batches.
+    words = [
+        "--llm_retrieved_path", copy_run(retrieved, tmp_path / "retriever"), *flags,
+        "--llm_base_model", tiny_llama, "--llm_max_history", 5, "--lora_dropout", 0, "--device",
+        "cpu", "--train_batch_size", 3, "--lora_micro_batch_size", 2, "--max_steps", 20,
+        "--lora_lr", 1e-4, "--lora_val_iterations", 5, "--val_users", 9, "--val_batch_size", 2,
+    ]  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    done = run_script("train_ranker.py", *words, "--export_root", one)
+    assert done.returncode == 0, done.stderr
+    words += ["--llm_shard_weights", "true", "--export_root", two]
+    refused = run_script("train_ranker.py", *words)
+    assert refused.returncode == 2 and "needs several processes" in refused.stderr
+    done = launch(2, "train_ranker.py", *words)
+    assert done.returncode == 0, done.stderr
+    assert losses(two) == pytest.approx(losses(one), abs=tolerance) and len(losses(one)) == 4
+    assert contents(two).keys() == contents(one).keys()
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), two / "adapter")
+
+
 def test_two_processes_generate_the_texts_of_one(
     toy_flags: list[object], tiny_llama: Path, tmp_path: Path
 ):

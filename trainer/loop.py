@@ -146,6 +146,7 @@ class Trainer:
         average: WeightAverage | None = None,
     ) -> None:
         self.accelerator, self.model = accelerator, model
+        self.sharded = distributed.is_sharded(model)
         self.optimizer, self.scheduler = optimizer, scheduler
         self.loader, self.sampler = loader, sampler
         self.loss, self.validate, self.save_best = loss, validate, save_best
@@ -248,9 +249,9 @@ class Trainer:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         num_targets = distributed.total(sum(part["num_targets"] for part in batch))
         total = torch.zeros((), device=device)
-        for micro_batch in batch:
+        for micro_batch, weight in self._weighted(batch, num_targets):
             part = send_to_device(micro_batch, device)
-            loss = self.loss(self.model, part) * (part["num_targets"] / num_targets)
+            loss = self.loss(self.model, part) * weight
             loss.backward()
             total += loss.detach()
         self._add_up_gradients(parameters, total)
@@ -262,6 +263,16 @@ class Trainer:
         if self.average:
             self.average.update()
         return total
+
+    def _weighted(
+        self, batch: list[MicroBatch], num_targets: int
+    ) -> list[tuple[MicroBatch, float]]:
+        """Micro-batches with their shares of the step's targets."""
+        shares = [(part, part["num_targets"] / num_targets) for part in batch]
+        if self.sharded:
+            first = batch[0] if batch else {}
+            shares += [(part, 0.0) for part in distributed.repeats(len(batch), first)]
+        return shares
 
     def _seed_step(self) -> None:
         """Let no two processes draw the same dropout, and a resumed run the same as before."""
