@@ -148,6 +148,27 @@ def report(benchmark: str, device: str, rows: Iterable[Row], **settings: object)
     return measured
 
 
+def print_slopes(rows: Sequence[Row], size: str, values: Sequence[str], label: str = "") -> None:
+    """Print how values grow with a size, on stderr.
+
+    The slope is that of the line through log(value) over log(size) with the least squares, so that
+    1 means proportional to the size. The slopes from each size to the next follow in brackets.
+
+    Args:
+        rows: rows by ascending size; nothing is printed for fewer than two.
+        size: key of the size.
+        values: keys of positive values.
+        label: what the rows have in common.
+    """
+    sizes = np.log([row[size] for row in rows])
+    for name in values:
+        if len(rows) > 1:
+            logs = np.log([row[name] for row in rows])
+            steps = ", ".join(f"{step:.2f}" for step in np.diff(logs) / np.diff(sizes))
+            fitted = np.polyfit(sizes, logs, 1)[0]
+            print(f"{label}slope of {name}: {fitted:.2f} ({steps})", file=sys.stderr)
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a benchmark; a mistake of the user is printed as one line, with exit status 2."""
     try:

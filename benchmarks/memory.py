@@ -7,6 +7,7 @@ import resource
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +22,12 @@ def rss_mib() -> float:
 def peak_mib() -> float:
     """Return the highest resident memory of this process so far in MiB."""
     return _status_mib("VmHWM:")
+
+
+def reset_peak() -> None:
+    """Let ``peak_mib`` begin anew, where the system can."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _status_mib(field: str) -> float:

@@ -2,8 +2,9 @@
 
 Each row reads a synthetic CSV file of interactions and builds the data set, in a process of its
 own. Users have ten interactions on average; popularity falls with rank, as in real catalogues.
-``csv_mib`` is the size of the file, ``peak_mib`` the peak memory of the process beyond what it used
-before.
+``csv_mib`` is the size of the file, ``cpu_seconds`` is the time without that of other programs, and
+``peak_mib`` the peak memory of the process beyond what it used before. The slopes over the number
+of interactions, on logarithmic scales, follow on stderr.
 
 Example:
     python -m benchmarks.preprocessing --largest 10000000
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from benchmarks.common import Row, make_parser, report, run
+from benchmarks.common import Row, make_parser, print_slopes, report, run
 from benchmarks.memory import in_own_process, peak_mib, rss_mib
 from datasets import custom
 from datasets.base import Filters
@@ -53,11 +54,12 @@ def write_tables(folder: Path, num_interactions: int) -> tuple[Path, Path]:
 
 def measure(log: Path, items: Path) -> dict[str, float]:
     """Read and build once; to be called in a process of its own."""
-    before, start = rss_mib(), time.perf_counter()
+    before, start, cpu_start = rss_mib(), time.perf_counter(), time.process_time()
     data = build("synthetic", custom.source(log, items).read(), Filters())
     return {
         "kept": len(data.item_ids),
         "seconds": round(time.perf_counter() - start, 2),
+        "cpu_seconds": round(time.process_time() - cpu_start, 2),
         "peak_mib": round(peak_mib() - before, 1),
     }
 
@@ -79,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--largest", type=int, default=10**7, help="most interactions (default: 10000000)"
     )
     flags = parser.parse_args(argv)
-    report("preprocessing", "cpu", measure_all(flags.largest))
+    rows = report("preprocessing", "cpu", measure_all(flags.largest))
+    print_slopes(rows, "interactions", ("seconds", "cpu_seconds", "peak_mib"))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,13 @@ import sys
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from datasets.base import Filters, RawData, SequenceDataset
 from errors import ArgumentError, InputError
+
+COUNTED_AT_ONCE = 1 << 24
 
 
 def k_core(users: np.ndarray, items: np.ndarray, min_uc: int, min_sc: int) -> np.ndarray:
@@ -30,12 +34,20 @@ def k_core(users: np.ndarray, items: np.ndarray, min_uc: int, min_sc: int) -> np
     """
     in_core = np.ones(len(users), dtype=bool)
     while True:  # each removal can push other users and items below the minimum
-        user_counts = np.bincount(users[in_core], minlength=users.max(initial=0) + 1)
-        item_counts = np.bincount(items[in_core], minlength=items.max(initial=0) + 1)
-        enough = (user_counts[users] >= min_uc) & (item_counts[items] >= min_sc)
+        enough = (_counts(users, in_core) >= min_uc)[users]
+        enough &= (_counts(items, in_core) >= min_sc)[items]
         if enough[in_core].all():
             return in_core
         in_core &= enough
+
+
+def _counts(codes: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    """(max + 1,) occurrences of each code (n,) where ``counted`` (n,) is true."""
+    counts = np.zeros(codes.max(initial=0) + 1, dtype=np.int64)
+    for start in range(0, len(codes), COUNTED_AT_ONCE):  # bincount makes its input int64
+        block = slice(start, start + COUNTED_AT_ONCE)
+        counts += np.bincount(codes[block][counted[block]], minlength=len(counts))
+    return counts
 
 
 def build(code: str, raw: RawData, filters: Filters) -> SequenceDataset:
@@ -48,8 +60,9 @@ def build(code: str, raw: RawData, filters: Filters) -> SequenceDataset:
     table = _select_interactions(code, raw, filters)
     users, user_names = _number_names(table["user"])
     items, item_names = _number_names(table["item"])
-    timestamps = table["timestamp"].to_numpy()
-    order = np.lexsort((items, timestamps, users))  # equal rows stay in the order of the file
+    timestamps, title_of = table["timestamp"].to_numpy(), raw.titles
+    del table, raw  # gigabytes, if the interactions are many
+    order = _sorted(users, timestamps, items)
     kept = ~_repeated(users, items, timestamps, order)
     if not kept.all():
         print(f"note: {code}: dropped {(~kept).sum():,} duplicate interactions", file=sys.stderr)
@@ -60,21 +73,23 @@ def build(code: str, raw: RawData, filters: Filters) -> SequenceDataset:
             f"{filters.min_sc} per item"
         )
     if filters.ties == "file":
-        order = np.lexsort((timestamps, users))
+        order = _sorted(users, timestamps)
     order = order[kept[order]]
     # Renumber without gaps; the order of the names stays.
     user_counts = np.bincount(users[order], minlength=len(user_names))
-    in_core = np.bincount(items[order], minlength=len(item_names)) > 0
-    item_ids = np.cumsum(in_core, dtype=np.int32)[items[order]]
+    items = items[order]
+    in_core = np.bincount(items, minlength=len(item_names)) > 0
+    item_ids = np.cumsum(in_core, dtype=np.int32)[items]
     offsets = np.concatenate([[0], np.cumsum(user_counts[user_counts > 0])]).astype(np.int64)
-    titles = ["", *(raw.titles[name] for name in item_names[in_core])]
+    kept_items = item_names.filter(pa.array(in_core)).to_pylist()
+    titles = ["", *(title_of[name] for name in kept_items)]
     return SequenceDataset(
         code=code,
         item_ids=item_ids,
         offsets=offsets,
         titles=titles,
-        user_names=list(user_names[user_counts > 0]),
-        item_names=["", *item_names[in_core]],
+        user_names=user_names.filter(pa.array(user_counts > 0)).to_pylist(),
+        item_names=["", *kept_items],
         fingerprint=_fingerprint(item_ids, offsets, titles),
         num_tied_targets=_num_tied_targets(timestamps[order], offsets),
     )
@@ -115,27 +130,45 @@ def _select_interactions(code: str, raw: RawData, filters: Filters) -> pd.DataFr
     return table if kept.all() else table[kept]
 
 
-def _number_names(names: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+def _number_names(names: pd.Series) -> tuple[np.ndarray, pa.Array]:
     """Number the distinct names: by value if all are whole numbers, otherwise by text.
 
     The numbering decides the order of simultaneous interactions, so it must not depend on the
     order of rows or on hash seeds.
 
     Returns:
-        (n,) code of each name and (num_distinct,) name by code.
+        (n,) int32 code of each name and (num_distinct,) name by code.
     """
-    codes, factorized = pd.factorize(names)
-    distinct = np.asarray(factorized, dtype=object)
-    numeric = all(n.isascii() and n.isdigit() and (n[0] != "0" or n == "0") for n in distinct)
+    if not isinstance(names.dtype, pd.CategoricalDtype):
+        names = pd.Series(pd.Categorical(names))
+    codes = names.cat.codes.to_numpy()
+    occurs = np.zeros(len(names.cat.categories), dtype=bool)
+    occurs[codes] = True
+    distinct = pa.array(names.cat.categories, pa.large_string()).filter(pa.array(occurs))
+    lengths = pc.utf8_length(distinct)
     # Without leading zeros, whole numbers of equal length sort by value as text does.
-    keys = [(len(name), name) if numeric else name for name in distinct]
-    order = np.array(sorted(range(len(distinct)), key=keys.__getitem__), dtype=np.int64)
-    new_codes = np.empty_like(order)
-    new_codes[order] = np.arange(len(order))
-    return new_codes[codes], distinct[order]
+    leading_zero = pc.and_(pc.starts_with(distinct, "0"), pc.greater(lengths, 1))
+    numeric = pc.and_not(pc.ascii_is_decimal(distinct), leading_zero)
+    by = {"length": lengths} if pc.all(numeric).as_py() else {}
+    order = _sorted(*by.values(), distinct)
+    new_codes = np.empty(len(occurs), np.int32)
+    new_codes[np.flatnonzero(occurs)[order]] = np.arange(len(order), dtype=np.int32)
+    return new_codes[codes], distinct.take(pa.array(order))
+
+
+def _sorted(*keys: np.ndarray | pa.Array) -> np.ndarray:
+    """(n,) indices that sort rows by the keys, the first one foremost; equal rows keep their order.
+
+    Text is sorted by code points, as in Python. Unlike numpy's ``lexsort``, this sorts once.
+    """
+    table = pa.table({str(index): key for index, key in enumerate(keys)})
+    return pc.sort_indices(
+        table, sort_keys=[(name, "ascending") for name in table.column_names]
+    ).to_numpy()
 
 
 def _fingerprint(item_ids: np.ndarray, offsets: np.ndarray, titles: list[str]) -> str:
-    digest = hashlib.sha256(item_ids.tobytes() + offsets.tobytes())
+    digest = hashlib.sha256(item_ids.data)
+    digest.update(offsets.data)
     digest.update(json.dumps(titles).encode())
     return digest.hexdigest()

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import csv
+import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from pyarrow import parquet
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import csv, parquet
 
 from errors import UserError
 from storage import check_regular, check_unpacked_size, describe
 
-CHUNK_ROWS = 250_000  # read at once; a row of text takes some 200 bytes in memory
+CHUNK_ROWS = 250_000  # handled at once
+BLOCK_BYTES = 4 << 20  # of a text file, parsed at once; a longer row is refused
+TEXT = pa.large_string()
+WRONG_WIDTH = re.compile(r"Row #(\d+): Expected (\d+) columns, got (\d+): (.*)", re.DOTALL)
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".inter": "\t", ".item": "\t", ".parquet": ""}
 QUOTED = (".csv", ".tsv")  # quotes in MovieLens' and RecBole's own files are part of the text
 
@@ -62,40 +69,58 @@ def read_interactions(
     names = {"user": _Names(), "item": _Names()}
     parts: dict[str, list[np.ndarray]] = defaultdict(list)
     dates = None
-    for table in _chunks(path, columns, ("rating",), separator, header):
+    for chunk in _chunks(path, columns, ("rating",), separator, header):
         for name, known in names.items():
-            is_empty = (table[name] == "").to_numpy()
-            if is_empty.any():
-                raise UserError(f"{path} row {int(is_empty.argmax()) + row}: {name} is empty")
-            parts[name].append(known.codes(table[name]))
-        dates = are_dates(table["timestamp"]) if dates is None else dates
-        parts["timestamp"].append(to_times(table["timestamp"], path, first_row=row, dates=dates))
-        if "rating" in table:
-            parts["rating"].append(to_numbers(table["rating"], path, first_row=row))
-        row += len(table)
+            empty = pc.index(chunk[name], "").as_py()
+            if empty >= 0:
+                raise UserError(f"{path} row {empty + row}: {name} is empty")
+            known.add(chunk[name])
+        times = _series(chunk, "timestamp")
+        dates = are_dates(times) if dates is None else dates
+        parts["timestamp"].append(to_times(times, path, first_row=row, dates=dates))
+        if "rating" in chunk.schema.names:
+            parts["rating"].append(to_numbers(_series(chunk, "rating"), path, first_row=row))
+        row += len(chunk)
     values = {name: np.concatenate(parts.pop(name)) for name in list(parts)}
-    categories = {name: known.categories(values[name]) for name, known in names.items()}
-    return pd.DataFrame({"rating": np.inf} | values | categories)[
-        ["user", "item", "timestamp", "rating"]
-    ]
+    ratings = values.pop("rating", np.broadcast_to(np.inf, len(values["timestamp"])))
+    categories = {name: names.pop(name).categories() for name in list(names)}
+    return pd.DataFrame(categories | values | {"rating": ratings}, copy=False)
 
 
 class _Names:
-    """Codes of names, by first occurrence."""
+    """Codes of names by first occurrence, found without a Python object for each name."""
 
     def __init__(self) -> None:
-        self.code_of: dict[str, int] = {}
+        self._codes: list[np.ndarray] = []
+        self._known = pa.array([], TEXT)
+        self._waiting: list[pa.DictionaryArray] = []
+        self._num_waiting = 0
 
-    def codes(self, column: pd.Series) -> np.ndarray:
-        """(n,) int32 codes; names that are new get the next ones."""
-        codes, distinct = pd.factorize(column)
-        code_of = self.code_of
-        known = (code_of.setdefault(name, len(code_of)) for name in distinct)
-        return np.fromiter(known, np.int32, len(distinct))[codes]
+    def add(self, column: pa.Array) -> None:
+        """Append the names of a chunk."""
+        self._waiting.append(column.dictionary_encode())
+        self._num_waiting += len(self._waiting[-1].dictionary)
+        if self._num_waiting > len(self._known):  # amortizes hashing of the known names
+            self._unify()
 
-    def categories(self, codes: np.ndarray) -> pd.Categorical:
-        """The names of codes (n,)."""
-        return pd.Categorical.from_codes(codes, categories=pd.Index(self.code_of, dtype=object))
+    def _unify(self) -> None:
+        """Give codes to the names that wait; those of known names stay."""
+        known = pa.DictionaryArray.from_arrays(pa.array([], pa.int32()), self._known)
+        _, *chunks = pa.chunked_array([known, *self._waiting]).unify_dictionaries().chunks
+        self._codes += [chunk.indices.to_numpy() for chunk in chunks]
+        self._known = chunks[0].dictionary if chunks else self._known
+        self._waiting, self._num_waiting = [], 0
+
+    def categories(self) -> pd.Categorical:
+        """The names of all rows."""
+        self._unify()
+        names = pd.Index(pd.arrays.ArrowExtensionArray(pa.chunked_array([self._known])))
+        return pd.Categorical.from_codes(np.concatenate(self._codes), categories=names)
+
+
+def _series(chunk: pa.RecordBatch, name: str) -> pd.Series:
+    """A column of text, without a Python object for each row."""
+    return pd.Series(pd.arrays.ArrowExtensionArray(pa.chunked_array([chunk[name]])), name=name)
 
 
 def read_columns(
@@ -120,7 +145,10 @@ def read_columns(
     Raises:
         UserError: the file cannot be read, is empty, lacks a column or has it twice.
     """
-    return pd.concat(_chunks(path, columns, optional, separator, header), ignore_index=True)
+    table = pa.Table.from_batches(_chunks(path, columns, optional, separator, header))
+    return pd.DataFrame(
+        {name: table[name].to_pylist() for name in table.column_names}, dtype=object
+    )
 
 
 def _chunks(
@@ -129,35 +157,39 @@ def _chunks(
     optional: Sequence[str],
     separator: str,
     header: bool,
-) -> Iterator[pd.DataFrame]:
-    """Up to ``CHUNK_ROWS`` rows at a time; see ``read_columns``."""
+) -> Iterator[pa.RecordBatch]:
+    """Up to ``CHUNK_ROWS`` rows of text at a time; see ``read_columns``."""
     is_empty = True
     with _problems_explained(path):
         check_regular(path)
         is_parquet = path.suffix.lower() == ".parquet"
-        tables = _parquet_chunks(path) if is_parquet else _text_chunks(path, separator, header)
-        for table in tables:
-            if len(table):
+        batches = _parquet_batches(path) if is_parquet else _text_batches(path, separator, header)
+        for batch in batches:
+            chosen = _chosen(path, batch, columns, optional, header)
+            for start in range(0, len(batch), CHUNK_ROWS):
                 is_empty = False
-                yield _named(path, table, columns, optional, header)
+                yield chosen.slice(start, CHUNK_ROWS)
     if is_empty:
         raise UserError(f"{path} is empty")
 
 
-def _named(
+def _chosen(
     path: Path,
-    table: pd.DataFrame,
+    batch: pa.RecordBatch,
     columns: Mapping[str, Sequence[str]],
     optional: Sequence[str],
     header: bool,
-) -> pd.DataFrame:
+) -> pa.RecordBatch:
     """Pick the columns, by the file's header or in the given order."""
     if header:
-        found = find_columns(path, table.columns, columns, optional)
-        return pd.DataFrame({name: table.iloc[:, index] for name, index in found.items()})
-    if table.shape[1] < len(columns):
-        raise UserError(f"{path} has {table.shape[1]} columns but needs {', '.join(columns)}")
-    return table.iloc[:, : len(columns)].set_axis(list(columns), axis=1)
+        found = find_columns(path, batch.schema.names, columns, optional)
+    else:
+        found = {name: index for index, name in enumerate(columns)}
+        if batch.num_columns < len(columns):
+            raise UserError(
+                f"{path} has {batch.num_columns} columns but needs {', '.join(columns)}"
+            )
+    return pa.RecordBatch.from_arrays([batch.column(i) for i in found.values()], names=list(found))
 
 
 def find_columns(
@@ -196,7 +228,7 @@ def find_columns(
 
 def are_dates(column: pd.Series) -> bool:
     """Whether a column of times begins with something else than a number."""
-    return bool(pd.to_numeric(column.iloc[:1], errors="coerce").isna().any())
+    return bool(pd.to_numeric(column.iloc[:1].astype(object), errors="coerce").isna().any())
 
 
 def to_times(column: pd.Series, path: Path, *, first_row: int, dates: bool) -> np.ndarray:
@@ -214,7 +246,7 @@ def to_times(column: pd.Series, path: Path, *, first_row: int, dates: bool) -> n
     """
     if not dates:
         return to_numbers(column, path, first_row=first_row)
-    times = pd.to_datetime(column, format="ISO8601", utc=True, errors="coerce")
+    times = pd.to_datetime(column.astype(object), format="ISO8601", utc=True, errors="coerce")
     is_invalid = times.isna().to_numpy()
     if is_invalid.any():
         index = int(is_invalid.argmax())
@@ -240,7 +272,11 @@ def to_numbers(column: pd.Series, path: Path, *, first_row: int) -> np.ndarray:
     Raises:
         UserError: a value is not a finite number.
     """
-    values = pd.to_numeric(column, errors="coerce").to_numpy()
+    texts = pa.array(column, TEXT)
+    if pc.all(pc.ascii_is_decimal(texts)).as_py():
+        with suppress(pa.ArrowInvalid):  # beyond int64
+            return pc.cast(texts, pa.int64()).to_numpy()
+    values = pd.to_numeric(column.astype(object), errors="coerce").to_numpy()
     if values.dtype != np.int64:
         values = values.astype(np.float64)
     is_invalid = ~np.isfinite(values)
@@ -260,38 +296,73 @@ def _problems_explained(path: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except pd.errors.EmptyDataError:
-        raise UserError(f"{path} is empty") from None
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: save it in that encoding") from error
-    except pd.errors.ParserError as error:
-        problem = describe(error).removeprefix("Error tokenizing data. C error: ")
-        raise UserError(f"cannot read {path}: {problem}") from error
     except Exception as error:  # pandas and pyarrow do not document what they raise
+        if isinstance(error, UnicodeDecodeError):
+            raise UserError(f"{path} is not UTF-8 text: save it in that encoding") from error
+        if "Empty CSV file" in str(error):
+            raise UserError(f"{path} is empty") from None
         raise UserError(f"cannot read {path}: {describe(error)}") from error
 
 
-def _text_chunks(path: Path, separator: str, header: bool) -> Iterator[pd.DataFrame]:
-    with pd.read_csv(
-        path,
-        sep=separator,
-        header=0 if header else None,
-        dtype=object,
-        keep_default_na=False,
-        na_filter=False,
-        encoding="utf-8-sig",
-        quoting=csv.QUOTE_MINIMAL if has_quotes(path) else csv.QUOTE_NONE,
-        chunksize=CHUNK_ROWS,
-    ) as tables:
-        for table in tables:
-            if not isinstance(table.index, pd.RangeIndex):  # the first column as row names
-                raise ValueError("its rows have more fields than its first line")
-            yield table
+def _text_batches(path: Path, separator: str, header: bool) -> Iterator[pa.RecordBatch]:
+    quoted = has_quotes(path)
+    options: dict[str, Any] = {
+        # One thread alone counts the rows for messages.
+        "read_options": csv.ReadOptions(
+            use_threads=False, block_size=BLOCK_BYTES, autogenerate_column_names=not header
+        ),
+        "parse_options": csv.ParseOptions(
+            delimiter=separator, quote_char='"' if quoted else False, newlines_in_values=quoted
+        ),
+    }
+    last = None
+    try:
+        with csv.open_csv(path, **options) as reader:
+            as_text = csv.ConvertOptions(column_types=dict.fromkeys(reader.schema.names, TEXT))
+        with csv.open_csv(path, **options, convert_options=as_text) as reader:
+            for batch in reader:
+                last = batch if len(batch) else last
+                yield batch
+    except pa.ArrowInvalid as error:
+        with path.open(encoding="utf-8") as file:  # in another encoding, rows look wrong as well
+            while file.read(BLOCK_BYTES):
+                pass
+        raise ValueError(_explained(str(error))) from error
+    if quoted and last is not None:
+        _check_quote_closed(path, last.columns[-1][-1].as_py())
 
 
-def _parquet_chunks(path: Path) -> Iterator[pd.DataFrame]:
+def _explained(problem: str) -> str:
+    """What is wrong with a row, from pyarrow's message."""
+    found = WRONG_WIDTH.search(problem)
+    if not found:
+        return problem
+    row, expected, actual, text = found.groups()
+    if text.count('"') % 2:
+        return f"a quote in line {row} is never closed"
+    excess = (
+        "; its rows have more fields than its first line" if int(actual) > int(expected) else ""
+    )
+    return f"Expected {expected} fields in line {row}, saw {actual}{excess}"
+
+
+def _check_quote_closed(path: Path, last_field: str) -> None:
+    """Refuse a file whose last field would hold all rows after a quote that is never closed.
+
+    Raises:
+        ValueError: it is such a file.
+    """
+    if "\n" not in last_field and "\r" not in last_field:
+        return
+    with path.open("rb") as file:
+        file.seek(-min(path.stat().st_size, 64), os.SEEK_END)
+        if not file.read().rstrip().endswith(b'"'):
+            raise ValueError("a quote is never closed")
+
+
+def _parquet_batches(path: Path) -> Iterator[pa.RecordBatch]:
     with parquet.ParquetFile(path) as file:
         metadata = file.metadata
         # Repeated values take no space in the file but 8 bytes each in memory.
@@ -299,5 +370,15 @@ def _parquet_chunks(path: Path) -> Iterator[pd.DataFrame]:
         groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
         check_unpacked_size(path, sum(group.total_byte_size for group in groups))
         for batch in file.iter_batches(CHUNK_ROWS):
-            strings = batch.to_pandas().apply(lambda column: column.astype("string").fillna(""))
-            yield strings.astype(object)
+            columns = [_to_text(column) for column in batch.columns]
+            yield pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _to_text(column: pa.Array) -> pa.Array:
+    """A Parquet file's column as pandas writes its values; nulls are empty."""
+    if column.null_count == 0 and pa.types.is_integer(column.type):
+        return column.cast(TEXT)
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return column.fill_null("").cast(TEXT)
+    texts = column.to_pandas().astype("string").fillna("")
+    return pa.array(texts.astype(object), TEXT)

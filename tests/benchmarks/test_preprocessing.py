@@ -13,6 +13,6 @@ def test_every_size(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     monkeypatch.setattr(preprocessing, "in_own_process", in_this_process)
     preprocessing.main(["--largest", "2000"])
     printed = result(capsys.readouterr().out)
-    assert_rows(printed, "preprocessing", "interactions csv_mib kept seconds peak_mib")
+    assert_rows(printed, "preprocessing", "interactions csv_mib kept seconds cpu_seconds peak_mib")
     assert [row["interactions"] for row in printed["rows"]] == [500, 2000]
     assert all(0 < row["kept"] <= row["interactions"] for row in printed["rows"])

@@ -52,6 +52,12 @@ def test_what_pandas_writes(path: Path, separator: str, text: str):
     assert table.to_dict("list") == {"user": [text, "x"], "item": ["y", text]}
 
 
+def test_blank_lines_are_skipped(path: Path):
+    path.write_text('\nuser,item\n1,"2\n"\n\n3,"4\n"\n')
+    table = read_columns(path, {"user": [], "item": []})
+    assert table.to_dict("list") == {"user": ["1", "3"], "item": ["2\n", "4\n"]}
+
+
 def test_names_in_upper_or_lower_case(path: Path):
     path.write_text("USER, Item,item\n1,2,3\n")
     table = read_columns(path, {"user": [], "item": []})
@@ -114,6 +120,7 @@ def test_missing_ratings_are_infinite(path: Path):
         ("user,item,timestamp\n,1,1\n", "row 2: user is empty"),
         ("user,item,timestamp\na,1,1\na,,1\n", "row 3: item is empty"),
         ("user,item,timestamp\na,1,1\na,1,now\n", "row 3: timestamp 'now' is not a number"),
+        ("user,item,timestamp\na,1,1\na,1,0x1\n", "row 3: timestamp '0x1' is not a number"),
         ("user,item,timestamp,rating\na,1,1,inf\n", "row 2: rating 'inf' is not a number"),
     ],
 )  # fmt: skip
@@ -129,6 +136,8 @@ def test_unusable_content(content: str, message: str, path: Path):
     [
         (b"user,item,timestamp\na,1,1,1\n", "its rows have more fields than its first line"),
         (b"user,item,timestamp\na,1,1\na,1,1,1\n", "Expected 3 fields in line 3, saw 4"),
+        (b"user,item,timestamp\na,1,1\na,1\n", "Expected 3 fields in line 3, saw 2"),
+        (b'user,item,timestamp,note\na,1,1,"x\nb,2,2,y\n', "a quote is never closed"),
     ],
 )
 def test_unreadable_text(content: bytes, message: str, path: Path):
@@ -175,6 +184,10 @@ def test_to_numbers_keeps_large_integers():
     values = ["9007199254740993", "-1", "0"]
     numbers = to_numbers(pd.Series(values), Path("x"), first_row=2)
     assert numbers.dtype == np.int64 and numbers.tolist() == [2**53 + 1, -1, 0]
+    numbers = to_numbers(pd.Series(["9007199254740993", "007"]), Path("x"), first_row=2)
+    assert numbers.dtype == np.int64 and numbers.tolist() == [2**53 + 1, 7]
+    numbers = to_numbers(pd.Series(["1", str(2**64)]), Path("x"), first_row=2)
+    assert numbers.dtype == np.float64 and numbers.tolist() == [1, 2**64]
     numbers = to_numbers(pd.Series(["1", "0.5"]), Path("x"), first_row=2)
     assert numbers.dtype == np.float64 and numbers.tolist() == [1, 0.5]
 
