@@ -6,6 +6,7 @@ import glob
 import json
 import os
 import shutil
+import struct
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +24,14 @@ os.umask(_UMASK)
 # Upper bound on the size of a decompressed file, far above anything the project reads. It protects
 # against small files that would decompress until the disk or memory is full.
 MAX_UNPACKED_BYTES = 4 << 30
+READ_BYTES = 1 << 24  # of a file that is read to its end for its checksum
+# Parts of a zip file: the header before a member's data, the head of a field in it, and the size of
+# the field for members beyond 4 GiB.
+LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+EXTRA_FIELD = struct.Struct("<2H")
+ZIP64_SIZE = 20
+PADDING_ID = 0xD935  # as zipalign names it
+ALIGNMENT = 64
 
 
 def describe(error: BaseException) -> str:
@@ -186,3 +195,51 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         check_unpacked_size(path, sum(member.file_size for member in zipped.infolist()))
     with np.load(path, allow_pickle=False) as file:
         return {name: np.asarray(file[name]) for name in file.files}
+
+
+def write_mappable_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Write an ``.npz`` file for ``map_arrays``, complete or not at all.
+
+    Unlike in numpy's files, each array begins at a multiple of ``ALIGNMENT`` bytes, behind a field
+    of zeros in its member's header.
+    """
+    with (
+        atomic_path(path) as temporary,
+        open(temporary, "wb") as target,
+        zipfile.ZipFile(target, "w") as zipped,
+    ):
+        for name, array in arrays.items():
+            member = zipfile.ZipInfo(f"{name}.npy")
+            header = LOCAL_HEADER.size + len(member.filename) + EXTRA_FIELD.size + ZIP64_SIZE
+            padding = -(target.tell() + header) % ALIGNMENT
+            member.extra = EXTRA_FIELD.pack(PADDING_ID, padding) + bytes(padding)
+            with zipped.open(member, "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, array, (1, 0), allow_pickle=False)
+
+
+def map_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Map the arrays of an uncompressed ``.npz`` file, whose pages processes then share.
+
+    Use it within ``reading``. The checksums are compared, and unaligned arrays are read.
+
+    Returns:
+        Read-only arrays by name.
+    """
+    arrays = {}
+    with zipfile.ZipFile(path) as zipped, path.open("rb") as raw:
+        check_unpacked_size(path, sum(member.file_size for member in zipped.infolist()))
+        for member in zipped.infolist():
+            with zipped.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                shape, is_transposed, dtype = np.lib.format.read_array_header_1_0(file)
+                header = file.tell()
+                while file.read(READ_BYTES):  # at the end, zipfile compares the checksum
+                    pass
+            if member.compress_type or version != (1, 0) or is_transposed or dtype.hasobject:
+                raise ValueError(f"{member.filename} cannot be mapped")
+            raw.seek(member.header_offset)
+            *_, name_size, extra_size = LOCAL_HEADER.unpack(raw.read(LOCAL_HEADER.size))
+            array = np.memmap(path, dtype, "r", raw.tell() + name_size + extra_size + header, shape)
+            name = member.filename.removesuffix(".npy")
+            arrays[name] = np.asarray(array) if array.flags.aligned else np.array(array)
+    return arrays

@@ -13,7 +13,14 @@ import numpy as np
 from datasets.base import Filters, RawSource, SequenceDataset
 from datasets.preprocessing import build
 from errors import UserError
-from storage import check_regular, describe, read_arrays, reading, remove_left_behind, write_arrays
+from storage import (
+    check_regular,
+    describe,
+    map_arrays,
+    reading,
+    remove_left_behind,
+    write_mappable_arrays,
+)
 
 CACHE_FORMAT = 4  # increment when preprocessing or the arrays in the file change
 MAX_STEM = 40  # characters of a file's name in a code; four bytes each at most
@@ -78,7 +85,7 @@ def _write_cache(path: Path, key: str, data: SequenceDataset) -> None:
         "num_tied_targets": data.num_tied_targets,
     }
     remove_left_behind(path)
-    write_arrays(
+    write_mappable_arrays(
         path,
         item_ids=data.item_ids,
         offsets=data.offsets,
@@ -87,13 +94,13 @@ def _write_cache(path: Path, key: str, data: SequenceDataset) -> None:
 
 
 def _read_cache(path: Path, key: str, code: str) -> SequenceDataset | None:
-    """Read the cached data set; None if it was stored under another key.
+    """Map the cached data set; None if it was stored under another key.
 
     Raises:
         UserError: the file is damaged.
     """
     with reading(path):
-        arrays = read_arrays(path)
+        arrays = map_arrays(path)
         text = json.loads(arrays["text"].tobytes())
         if text.pop("key") != key:
             return None

@@ -14,6 +14,7 @@ from storage import (
     atomic_path,
     check_unpacked_size,
     describe,
+    map_arrays,
     read_arrays,
     read_json,
     reading,
@@ -21,7 +22,9 @@ from storage import (
     temporary_unless_used,
     write_arrays,
     write_json,
+    write_mappable_arrays,
 )
+from tests.helpers import file_names
 
 
 class Stop(Exception):
@@ -255,3 +258,49 @@ def test_unreadable_json(content: bytes, problem: str, tmp_path: Path):
 def test_missing_json(tmp_path: Path):
     with pytest.raises(UserError, match="No such file or directory"):
         read_json(tmp_path / "f.json")
+
+
+# Mapped arrays ----------------------------------------------------------------------------------
+
+
+def test_mapped_arrays_share_the_file(tmp_path: Path):
+    path = tmp_path / "x.npz"
+    arrays = {"a": np.arange(7, dtype=np.int32), "text": np.frombuffer(b"x", np.uint8)}
+    arrays |= {"longer_name": np.arange(6.0).reshape(2, 3)}
+    write_mappable_arrays(path, **arrays)
+    with reading(path):
+        mapped = map_arrays(path)
+    for found in (mapped, read_arrays(path), np.load(path)):
+        assert list(found) == list(arrays)
+        for name, array in arrays.items():
+            assert np.array_equal(found[name], array) and found[name].dtype == array.dtype
+    for array in mapped.values():
+        assert isinstance(array.base, np.memmap) and not array.flags.writeable
+        assert array.ctypes.data % 64 == 0
+    before = mapped["a"]
+    write_mappable_arrays(path, a=np.zeros(7, np.int32))  # another file takes its name
+    assert before.tolist() == list(range(7)) and file_names(tmp_path) == ["x.npz"]
+
+
+def test_arrays_of_numpys_own_files_are_read(tmp_path: Path):
+    write_arrays(tmp_path / "x.npz", a=np.arange(7, dtype=np.int64), name=np.arange(3.0))
+    mapped = map_arrays(tmp_path / "x.npz")
+    assert mapped["a"].tolist() == list(range(7)) and mapped["name"].flags.aligned
+
+
+@pytest.mark.parametrize("damage", ["byte", "compressed", "pickle", "end"])
+def test_what_cannot_be_mapped(damage: str, tmp_path: Path):
+    path = tmp_path / "x.npz"
+    write_mappable_arrays(path, a=np.arange(100))
+    content = bytearray(path.read_bytes())
+    if damage == "byte":
+        content[400] ^= 1
+        path.write_bytes(content)
+    elif damage == "end":
+        path.write_bytes(content[:600])
+    elif damage == "compressed":
+        np.savez_compressed(path, a=np.arange(100))
+    else:
+        np.savez(path, a=np.array([{}], dtype=object))
+    with pytest.raises(InputError, match=r"x\.npz is damaged"), reading(path):
+        map_arrays(path)
