@@ -3,10 +3,14 @@
 Each row is measured in its own process, on synthetic data with LRURec in the paper's size and 64
 sequences per step. Stages: ``catalogue`` and ``catalogue, sampled`` train on the whole catalogue
 and on 1,024 negatives, for several catalogue sizes; ``evaluation`` ranks the whole catalogue for 64
-users; ``length`` and ``users`` train on longer sequences and on more users. ``peak_mib`` is the
-peak memory of the process beyond what it used before the model was built. ``scores_mib`` is what
-the scores of all positions would take (N x V floats). On the CPU, weights, gradients and optimizer
-state grow with V x D, as they must.
+users; ``length`` and ``users`` train on longer sequences and on more users; ``candidates, items``
+and ``candidates, users`` find the candidates of 1,000 users in several catalogues, and of several
+numbers of users among 1,000 items. ``seconds`` are those of a step, or of 1,000 users' candidates.
+``peak_mib`` is the peak memory of the process beyond what it used before the model was built; for
+candidates, without the peak of initializing the model. ``scores_mib`` is what the scores of all
+positions of a step would take (N x V floats), and ``result_mib`` what the candidates take. On the
+CPU, weights, gradients and optimizer state grow with V x D, as they must. The slopes of each stage
+follow on stderr, on logarithmic scales.
 
 Example:
     python -m benchmarks.scale --device cpu
@@ -29,16 +33,19 @@ from benchmarks.common import (
     add_device_flag,
     alternating_medians,
     make_parser,
+    print_slopes,
     report,
     run,
+    seconds,
     synthetic_data,
     update,
 )
-from benchmarks.memory import in_own_process, peak_mib, rss_mib
+from benchmarks.memory import in_own_process, peak_mib, reset_peak, rss_mib
 from config import RetrieverConfig
+from dataloader.sampler import evaluation_loader
 from dataloader.sequences import Histories, TrainingWindows
 from datasets import SequenceDataset
-from evaluation.retrieval import score_catalogue, target_ranks
+from evaluation.retrieval import retrieve, score_catalogue, target_ranks
 from model.base import Retriever, RetrieverSpec
 from model.losses import CatalogueLoss, SampledCrossEntropy, catalogue_loss, linear_cross_entropy
 from model.registry import build_retriever
@@ -49,7 +56,10 @@ NUM_NEGATIVES = 1024
 NUM_CANDIDATES = 20
 MAX_GRAD_NORM = 5.0
 CATALOGUE_STAGES = ("catalogue", "catalogue, sampled", "evaluation")
+CANDIDATE_STAGES = ("candidates, items", "candidates, users")
+STAGES = (*CATALOGUE_STAGES, "length", "users", *CANDIDATE_STAGES)
 CATALOGUES = (1_000, 10_000, 100_000, 1_000_000)
+CANDIDATE_USERS = (10_000, 100_000, 1_000_000)
 LENGTHS = (10, 30, 100, 300, 1_000)
 USERS = (1_000, 10_000, 100_000, 1_000_000)
 Step = Callable[[int], None]
@@ -81,6 +91,8 @@ def cases(largest: int) -> list[Case]:
         *(Case(stage, n, n, 10, 10_000) for stage in CATALOGUE_STAGES for n in catalogues),
         *(Case("length", n, 10_000, n, 1_000) for n in LENGTHS),
         *(Case("users", n, 10_000, 10, n) for n in users),
+        *(Case("candidates, items", n, n, 10, 1_000) for n in catalogues),
+        *(Case("candidates, users", n, 1_000, 10, n) for n in CANDIDATE_USERS if n <= largest),
     ]
 
 
@@ -144,12 +156,14 @@ def evaluation_step(
 
 
 def measure(case: Case, device: torch.device, steps: int) -> Row:
-    """Median seconds of a step, and memory; to be called in a process of its own."""
+    """Seconds and memory; to be called in a process of its own."""
     rng = np.random.default_rng(0)
     data = make_data(case, rng)
     gc.collect()
     before = rss_mib()
     model = build_model(case, device)
+    if case.stage in CANDIDATE_STAGES:
+        return measure_candidates(case, data, model, before)
     # In evaluation as well: torch imports modules for it, which are not a cost of training steps.
     optimizer = build_optimizer(
         model, "AdamW", lr=1e-3, weight_decay=0.01, epsilon=1e-9, paged=False
@@ -161,6 +175,34 @@ def measure(case: Case, device: torch.device, steps: int) -> Row:
     else:
         step = training_step(case, data, model, optimizer, rng)
     (median,) = alternating_medians([step], steps, device)
+    return _row(case, median, before, positions, device)
+
+
+def measure_candidates(case: Case, data: SequenceDataset, model: Retriever, before: float) -> Row:
+    """Find the candidates of all users once; ``before`` is the memory in MiB without the model."""
+    device = model.item_embeddings.device
+    loader = evaluation_loader(Histories(data, "test", case.length), BATCH_SIZE, 0)
+    found = []
+
+    def find() -> None:
+        found.append(
+            retrieve(
+                model,
+                loader,
+                mask_history=True,
+                num_candidates=NUM_CANDIDATES,
+                description="candidates",
+            )
+        )
+
+    reset_peak()
+    per_thousand = seconds(find, device) / case.num_users * 1000
+    result = sum(array.nbytes for array in found[0])
+    row = _row(case, per_thousand, before, BATCH_SIZE, device)
+    return row | {"result_mib": round(result / 2**20, 1)}
+
+
+def _row(case: Case, measured: float, before: float, positions: int, device: torch.device) -> Row:
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**20
     else:
@@ -168,7 +210,7 @@ def measure(case: Case, device: torch.device, steps: int) -> Row:
     return {
         "stage": case.stage,
         "size": case.size,
-        "seconds": round(median, 5),
+        "seconds": round(measured, 5),
         "peak_mib": round(peak, 1),
         "scores_mib": round(positions * case.num_items * 4 / 2**20, 1),
     }
@@ -178,6 +220,8 @@ def measure_all(flags: argparse.Namespace) -> Iterator[Row]:
     """Measure every row in its own process."""
     device = torch.device(flags.device)
     for case in cases(flags.largest):
+        if flags.stages and case.stage not in flags.stages:
+            continue
         yield in_own_process(measure, case, device, flags.steps)
 
 
@@ -193,8 +237,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=10**6,
         help="largest catalogue and number of users (default: 1000000)",
     )
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        metavar="STAGE",
+        choices=STAGES,
+        help=f"only these stages ({'; '.join(STAGES)}; default: all)",
+    )
     flags = parser.parse_args(argv)
-    report("scale", flags.device, measure_all(flags))
+    rows = report("scale", flags.device, measure_all(flags))
+    for stage in STAGES:
+        own = [row for row in rows if row["stage"] == stage]
+        print_slopes(own, "size", ("seconds", "peak_mib"), f"{stage}: ")
 
 
 if __name__ == "__main__":

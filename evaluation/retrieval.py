@@ -26,7 +26,14 @@ def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
     Returns:
         (B,) 1-based ranks.
     """
-    return 1 + (~(scores <= scores.gather(1, targets[:, None]))).sum(1)
+    own_scores = scores.gather(1, targets[:, None])
+    if scores.is_cuda:
+        return 1 + (~(scores <= own_scores)).sum(1)
+    # On the CPU, a sum over one dimension makes all elements int64 first.
+    ranks = torch.empty_like(targets)
+    for index, (row, own) in enumerate(zip(scores, own_scores)):
+        ranks[index] = len(row) + 1 - (row <= own).count_nonzero()
+    return ranks
 
 
 def score_catalogue(model: nn.Module, batch: dict[str, Any], mask_history: bool) -> Tensor:

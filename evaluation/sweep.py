@@ -11,9 +11,10 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from distributed import interleave, is_sharded, repeats
+from distributed import interleave, is_sharded, repeats, size
 from progress import ProgressBar
 
+MIN_ROWS = 1 << 16  # untouched memory takes none
 Step = Callable[[dict[str, Any]], dict[str, Tensor]]
 
 
@@ -37,15 +38,51 @@ def sweep(
     model.eval()
     device = next(model.parameters()).device
     sharded = is_sharded(model)
-    results = []
+    rows: dict[str, _Rows] = {}
     # What is gathered of a sharded model outlives the sweep, and training needs it.
     with torch.no_grad() if sharded else torch.inference_mode():
         extra = repeats(len(loader), next(iter(loader), None)) if sharded else ()
         for batch in ProgressBar(loader, desc=description, unit="batch", leave=False):
-            rows = step(send_to_device(batch, device))
-            results.append({name: values.cpu().numpy() for name, values in rows.items()})
+            for name, values in step(send_to_device(batch, device)).items():
+                part = values.cpu().numpy()
+                if name not in rows:
+                    rows[name] = _Rows(part)
+                rows[name].append(part)
         for batch in extra:
             step(send_to_device(batch, device))
-    results = interleave(results)
-    names = results[0] if results else {}
-    return {name: np.concatenate([result[name] for result in results]) for name in names}
+    if size() == 1:
+        return {name: own.values for name, own in rows.items()}
+    parts = interleave([dict(zip(rows, batch)) for batch in zip(*map(_Rows.parts, rows.values()))])
+    names = list(parts[0]) if parts else []
+    return {name: np.concatenate([part.pop(name) for part in parts]) for name in names}
+
+
+class _Rows:
+    """An array whose rows arrive in parts.
+
+    A list of the parts would grow with the size of the batches' other tensors: small arrays that
+    stay between large ones that are freed keep the allocator from using their memory again.
+    """
+
+    def __init__(self, example: np.ndarray) -> None:
+        self._buffer = np.empty((MIN_ROWS, *example.shape[1:]), example.dtype)
+        self._ends = [0]
+
+    def append(self, part: np.ndarray) -> None:
+        """Copy the rows of a part."""
+        start, end = self._ends[-1], self._ends[-1] + len(part)
+        if end > len(self._buffer):
+            grown = np.empty((2 * end, *part.shape[1:]), part.dtype)
+            grown[:start] = self.values
+            self._buffer = grown
+        self._buffer[start:end] = part
+        self._ends.append(end)
+
+    @property
+    def values(self) -> np.ndarray:
+        """All rows so far."""
+        return self._buffer[: self._ends[-1]]
+
+    def parts(self) -> list[np.ndarray]:
+        """The parts, as they were appended."""
+        return np.split(self.values, self._ends[1:-1])

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from benchmarks.memory import rss_mib
 from dataloader.sampler import evaluation_loader
+from evaluation import sweep as module
 from evaluation.sweep import sweep
 
 
@@ -29,7 +31,12 @@ def model() -> nn.Module:
     return nn.Sequential(layer, nn.Dropout(0.999))
 
 
-def test_rows_are_in_the_loaders_order(model: nn.Module):
+@pytest.mark.parametrize("min_rows", [1, 100])
+def test_rows_are_in_the_loaders_order(
+    min_rows: int, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(module, "MIN_ROWS", min_rows)
+
     def step(batch: dict) -> dict[str, Tensor]:
         assert torch.is_inference_mode_enabled() and not model.training
         numbers = batch["numbers"][:, None]
@@ -56,3 +63,16 @@ def test_batches_are_on_the_models_device(model: nn.Module):
 def test_no_batches(model: nn.Module):
     rows = sweep(model, evaluation_loader(Numbers(0), 3, 0), lambda batch: {}, description="")
     assert rows == {}
+
+
+def test_memory_does_not_grow_with_what_batches_leave_behind(model: nn.Module):
+    def step(batch: dict) -> dict[str, Tensor]:
+        scores = torch.zeros(len(batch["numbers"]), 10_000)
+        best = scores.topk(20)
+        return {"items": best.indices.int() + 1, "scores": best.values, "a": scores[:, 0].int()}
+
+    sweep(model, evaluation_loader(Numbers(640), 64, 0), step, description="")
+    before = rss_mib()
+    rows = sweep(model, evaluation_loader(Numbers(12_800), 64, 0), step, description="")
+    assert rows["items"].shape == (12_800, 20)
+    assert rss_mib() - before < 100  # the scores of all batches take 488 MiB
