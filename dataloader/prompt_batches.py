@@ -195,7 +195,7 @@ class TrainingPrompts(Dataset):
         self.hard_negatives = hard_negatives
         self.limits, self.eos_id, self.on_inputs, self.seed = limits, eos_id, on_inputs, seed
         self.starts, self.ends = data.training_prefixes()
-        self.users = np.searchsorted(data.offsets, self.starts, side="right") - 1
+        self.offsets = data.offsets
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -225,10 +225,11 @@ class TrainingPrompts(Dataset):
             prompt = self.prompts.encode(history, candidates)
             sequences.append(np.append(prompt, [self.prompts.letter_ids[index], self.eos_id]))
         lengths = np.array([len(x) for x in sequences])
+        starts = self.starts[np.asarray(numbers) % len(self)]
         return training_batches(
             sequences,
             lengths - 1 if self.on_inputs else np.full_like(lengths, RESPONSE_TOKENS),
-            self.users[np.asarray(numbers) % len(self)],
+            np.searchsorted(self.offsets, starts, side="right") - 1,
             pad_id=self.eos_id,
             limits=self.limits,
         )

@@ -28,6 +28,7 @@ from dataloader.candidates import Candidates
 from dataloader.prompt_batches import BatchLimits, micro_batches
 from dataloader.title_prompt import TitlePrompts
 from datasets.base import SequenceDataset
+from jagged import flat_ranges
 
 Batch = dict[str, Any]
 PADDING_BRANCH = -1
@@ -68,14 +69,15 @@ class TitleDocuments(Dataset):
         self.limits, self.pad_id = limits, pad_id
         size = prompts.max_history + 1
         stride = max(size // 2, 1)
-        windows = []
-        for user, (start, end) in enumerate(zip(data.offsets[:-1], data.history_ends("train"))):
-            first_target, window_end = start, min(start + size, end)
-            windows.append((user, start, window_end, first_target))
-            while window_end < end:
-                first_target, window_end = window_end, min(window_end + stride, end)
-                windows.append((user, window_end - size, window_end, first_target))
-        self.users, self.starts, self.ends, self.first_targets = np.array(windows).T
+        starts, ends = data.offsets[:-1], data.history_ends("train")
+        windows = 1 + np.maximum(-(-(ends - starts - size) // stride), 0)
+        self.users, index = flat_ranges(np.arange(data.num_users), windows)
+        self.users -= index
+        starts, ends = starts[self.users], ends[self.users]
+        self.ends = np.minimum(starts + size + index * stride, ends)
+        is_first = index == 0
+        self.starts = np.where(is_first, starts, self.ends - size)
+        self.first_targets = np.where(is_first, starts, starts + size + (index - 1) * stride)
 
     def __len__(self) -> int:
         return len(self.users)
