@@ -57,8 +57,9 @@ $(VENV)/.installed: requirements.txt
 	$(PY) -m pip install --requirement requirements.txt
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt requirements-ray.txt
-	$(PY) -m pip install --requirement requirements-dev.txt --requirement requirements-ray.txt
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt requirements-faiss.txt requirements-ray.txt
+	$(PY) -m pip install --requirement requirements-dev.txt --requirement requirements-faiss.txt \
+		--requirement requirements-ray.txt
 	touch $@
 
 $(VENV)/.installed-docs: requirements-docs.txt

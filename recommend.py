@@ -89,6 +89,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--num_workers", type=int, help="processes of --engine ray (default: all cores or GPUs)"
     )
+    parser.add_argument(
+        "--retrieval",
+        choices=("exact", "approximate"),
+        default="exact",
+        help="score all items, or search an index of faiss that misses some, for catalogues of "
+        "100,000 items and more (pip install -r requirements-faiss.txt)",
+    )
     parser.add_argument("--k", type=int, default=10, help="number of items (default: 10)")
     parser.add_argument(
         "--explain",
@@ -120,7 +127,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     from recipes.recommend import Recommender
 
     with redirect_stdout(sys.stderr):
-        recommender = Recommender(Path(flags.run), data, flags.device, flags.llm_base_model)
+        recommender = Recommender(
+            Path(flags.run),
+            data,
+            flags.device,
+            flags.llm_base_model,
+            approximate=flags.retrieval == "approximate",
+        )
         if flags.explain and recommender.ranker is None:
             print("note: --explain has no effect, since the run has no language model")
     if query:
@@ -150,6 +163,10 @@ def check_flags(flags: argparse.Namespace) -> None:
         raise UserError("--num_workers needs --engine ray")
     if flags.num_workers is not None and flags.num_workers < 1:
         raise UserError("--num_workers must be at least 1")
+    if flags.retrieval == "approximate" and find_spec("faiss") is None:
+        raise UserError(
+            "--retrieval approximate needs faiss: pip install -r requirements-faiss.txt"
+        )
     if flags.output:
         check_output(flags)
     elif flags.engine == "ray":
@@ -247,6 +264,7 @@ def fill_table(flags: argparse.Namespace, config: CommonConfig, data: SequenceDa
         output=output,
         k=flags.k,
         part_users=flags.part_users,
+        approximate=flags.retrieval == "approximate",
     )
     start = time.monotonic()
     with locked(RunFolder(output, (), "")):

@@ -39,6 +39,7 @@ class Job(NamedTuple):
         output: the folder to write, which this process has reserved.
         k: items per user.
         part_users: users per file.
+        approximate: whether candidates come from an approximate index.
     """
 
     run_dir: Path
@@ -49,6 +50,7 @@ class Job(NamedTuple):
     output: Path
     k: int
     part_users: int
+    approximate: bool = False
 
     def part_path(self, index: int) -> Path:
         """File of a part."""
@@ -60,7 +62,10 @@ class Job(NamedTuple):
         with reading(self.source), self.source.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").digest()
         contents = (path.read_bytes() for path in files)
-        return fingerprint({"k": self.k, "part_users": self.part_users}, digest, *contents)
+        settings = {"k": self.k, "part_users": self.part_users}
+        if self.approximate:
+            settings["approximate"] = True
+        return fingerprint(settings, digest, *contents)
 
 
 class PartWriter:
@@ -77,7 +82,13 @@ class PartWriter:
 
         self.job = job
         self.people = people or People(job.source, load_data(job.data_config))
-        self.recommender = Recommender(job.run_dir, self.people.data, job.device, job.base_model)
+        self.recommender = Recommender(
+            job.run_dir,
+            self.people.data,
+            job.device,
+            job.base_model,
+            approximate=job.approximate,
+        )
         self._parts: Iterator[list[Person]] = iter(())
         self._next = 0
 
@@ -153,8 +164,8 @@ def recommend_to_all(job: Job, people: People, engine: Engine, *, resume: bool) 
             earlier = read_json(manifest)
         if earlier.get("fingerprint") != record["fingerprint"]:
             raise UserError(
-                f"{job.output} has recommendations of another run, input, --k or --part_users; "
-                "replace them with --overwrite"
+                f"{job.output} has recommendations of another run, input, --k, --retrieval or "
+                "--part_users; replace them with --overwrite"
             )
     else:
         for path in (manifest, *job.output.glob("part-*.parquet")):

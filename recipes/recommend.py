@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -65,13 +66,20 @@ class Recommender:
         data: its data set.
         device: ``cpu``, ``cuda`` or None for CUDA if available.
         base_model: overrides the language model that the run's ``config.json`` names.
+        approximate: whether candidates come from an approximate index of the items.
 
     Raises:
         UserError: the run cannot be used.
     """
 
     def __init__(
-        self, run_dir: Path, data: SequenceDataset, device: str | None, base_model: str | None
+        self,
+        run_dir: Path,
+        data: SequenceDataset,
+        device: str | None,
+        base_model: str | None,
+        *,
+        approximate: bool = False,
     ) -> None:
         self.data = data
         settings = read_json(run_dir / CONFIG)
@@ -87,14 +95,19 @@ class Recommender:
 
             self.ranker = Ranker(run_dir, settings, data, device, base_model)
         self.retriever.to("cuda" if use_cuda(device) else "cpu")
+        self.retrieve = partial(retrieve, self.retriever)
+        if approximate:  # faiss need not be installed otherwise
+            from evaluation.approximate import ItemIndex, retrieve_approximately
+
+            index = ItemIndex(self.retriever)
+            self.retrieve = partial(retrieve_approximately, self.retriever, index)
 
     def recommend(self, histories: Sequence[np.ndarray], k: int) -> Recommendations:
         """Recommend the k best items after each history, which must not be empty."""
         data = with_histories(self.data, histories)
         spec = self.retriever.spec
         examples = Histories(data, "test", spec.max_len, spec.mask_token)
-        candidates = retrieve(
-            self.retriever,
+        candidates = self.retrieve(
             evaluation_loader(examples, BATCH_SIZE, 0),
             mask_history=self.mask_history,
             num_candidates=self.num_candidates if self.ranker else k,

@@ -158,7 +158,9 @@ def test_an_interrupted_table_is_continued(
 def test_parts_of_something_else_are_not_mixed(retrieved: Path, users: Path, tmp_path: Path):
     fill(retrieved, users, tmp_path / "out")
     users.write_text("user\nu1\n")
-    with pytest.raises(UserError, match="recommendations of another run, input, --k or --part_us"):
+    with pytest.raises(
+        UserError, match="recommendations of another run, input, --k, --retrieval or --part_us"
+    ):
         fill(retrieved, users, tmp_path / "out", "--resume")
 
 
@@ -210,3 +212,23 @@ def test_a_user_who_appears_again(
         list(People(path, toy_data))
     monkeypatch.setattr("recipes.people.RECENT", 1)  # ann is no longer remembered
     assert [person.name for person in People(path, toy_data)] == ["ann", "bob", "ann"]
+
+
+def test_faiss_is_optional(retrieved: Path, users: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("recommend.find_spec", lambda name: None)
+    with pytest.raises(UserError) as caught:
+        fill(retrieved, users, users.parent / "out", "--retrieval", "approximate")
+    assert str(caught.value) == (
+        "--retrieval approximate needs faiss: pip install -r requirements-faiss.txt"
+    )
+    assert not (users.parent / "out").exists()
+
+
+def test_exact_and_approximate_parts_are_not_mixed(retrieved: Path, users: Path, tmp_path: Path):
+    pytest.importorskip("faiss")
+    exact, output = fill(retrieved, users, tmp_path / "exact"), tmp_path / "out"
+    found = fill(retrieved, users, output, "--retrieval", "approximate")
+    assert found["user"].tolist() == exact["user"].tolist()
+    assert (found["retriever"] <= exact["retriever"] + 1e-5).all()
+    with pytest.raises(UserError, match="of another run, input, --k, --retrieval or --part_users"):
+        fill(retrieved, users, output, "--resume")
