@@ -23,6 +23,6 @@ def test_every_stage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 
 
 def test_the_documented_sizes():
-    cases = scale.cases(largest=10**6)
-    assert len(cases) == 3 * 4 + 5 + 4 + 4 + 3
+    cases = scale.cases(largest=10**7)
+    assert len(cases) == 3 * 4 + 5 + 5 + 4 + 3
     assert {case.num_users for case in cases if case.stage == "users"} == set(scale.USERS)
