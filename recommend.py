@@ -94,7 +94,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=("exact", "approximate"),
         default="exact",
         help="score all items, or search an index of faiss that misses some, for catalogues of "
-        "100,000 items and more (pip install -r requirements-faiss.txt)",
+        "hundreds of thousands of items (pip install -r requirements-faiss.txt)",
     )
     parser.add_argument("--k", type=int, default=10, help="number of items (default: 10)")
     parser.add_argument(
