@@ -329,23 +329,23 @@ def _text_batches(path: Path, separator: str, header: bool) -> Iterator[pa.Recor
         with path.open(encoding="utf-8") as file:  # in another encoding, rows look wrong as well
             while file.read(BLOCK_BYTES):
                 pass
-        raise ValueError(_explained(str(error))) from error
+        raise ValueError(_explained(str(error), quoted)) from error
     if quoted and last is not None:
         _check_quote_closed(path, last.columns[-1][-1].as_py())
 
 
-def _explained(problem: str) -> str:
-    """What is wrong with a row, from pyarrow's message."""
+def _explained(problem: str, quoted: bool) -> str:
+    """What is wrong with a row, from pyarrow's message, which quotes the beginning of the row."""
     found = WRONG_WIDTH.search(problem)
     if not found:
         return problem
     row, expected, actual, text = found.groups()
-    if text.count('"') % 2:
-        return f"a quote in line {row} is never closed"
-    excess = (
-        "; its rows have more fields than its first line" if int(actual) > int(expected) else ""
-    )
-    return f"Expected {expected} fields in line {row}, saw {actual}{excess}"
+    explained = f"Expected {expected} fields in line {row}, saw {actual}"
+    if int(actual) > int(expected):
+        explained += "; its rows have more fields than its first line"
+    elif quoted and text.count('"') % 2:
+        explained += "; a quote in it may not be closed"
+    return explained
 
 
 def _check_quote_closed(path: Path, last_field: str) -> None:

@@ -272,7 +272,7 @@ CUSTOM_DATA = [
     log("long row", HEADER + "a,1,1\na,1,1,1\n",
         "cannot read log.csv: Expected 3 fields in line 3, saw 4"),
     log("long rows", HEADER + "a,1,1,1\na,2,1,1\n", "more fields than its first line"),
-    log("open quote", HEADER + 'a,"1,1\n', "a quote in line 2 is never closed"),
+    log("open quote", HEADER + 'a,"1,1\n', "a quote in it may not be closed"),
     log("noise", bytes(range(256)) * 9, "log.csv is not UTF-8 text: save it in that encoding"),
     log("UTF-16", (HEADER + "a,1,1\n").encode("utf-16"), "log.csv is not UTF-8 text"),
     log("not Parquet", HEADER + "a,1,1\n", "cannot read log.parquet: ", "log.parquet"),

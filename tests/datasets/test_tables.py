@@ -134,6 +134,7 @@ def test_unusable_content(content: str, message: str, path: Path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (b'user,item,timestamp\na,"1,1\n', "line 2, saw 2; a quote in it may not be closed"),
         (b"user,item,timestamp\na,1,1,1\n", "its rows have more fields than its first line"),
         (b"user,item,timestamp\na,1,1\na,1,1,1\n", "Expected 3 fields in line 3, saw 4"),
         (b"user,item,timestamp\na,1,1\na,1\n", "Expected 3 fields in line 3, saw 2"),
