@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from augmentation.merge import Interactions, merge
 from datasets import SequenceDataset
 from storage import atomic_folder
+
+EXPORTS = "exports"
 
 # Fields that pandas, which RecBole uses, reads as missing values.
 MISSING = {
@@ -67,6 +70,12 @@ def export(data: SequenceDataset, folder: Path, name: str) -> None:
         _write_recbole(data, temporary / "recbole" / name, name)
         _write_selfrec(data, temporary / "selfrec")
         _write_openp5(data, temporary / "openp5" / name)
+
+
+def export_merged(data: SequenceDataset, interactions: Interactions, run_dir: Path) -> None:
+    """Write the exports of a run: the data set with the interactions before the real ones."""
+    # Not the plain code: RecBole downloads data of its own when asked for ml-100k.
+    export(merge(data, interactions, "before"), run_dir / EXPORTS, f"{data.code}-augmented")
 
 
 def _write_recbole(data: SequenceDataset, folder: Path, name: str) -> None:

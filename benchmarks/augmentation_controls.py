@@ -1,11 +1,12 @@
 """Controls for generated interactions: the same number per user, from another source.
 
 Reads a finished run of ``augment_data.py`` and writes a folder for ``train_retriever.py
---augmented``. For each user it draws as many items as the run has, without replacement and without
-those of the training history: ``popularity`` in proportion to their training interactions,
-``retriever`` from the softmax of a retriever's scores given the training history. ``generated``
-keeps the run's own items. With ``--per_user`` a user gets at most that many, and with
-``--shortest`` only users with the shortest training histories get any.
+--augmented``, with exports for other libraries. For each user it draws as many items as the run
+has, without replacement and without those of the training history: ``popularity`` in proportion to
+their training interactions, ``retriever`` from the softmax of a retriever's scores given the
+training history. ``generated`` keeps the run's own items. With ``--per_user`` a user gets at most
+that many, and with ``--shortest`` only users with the shortest training histories get any.
+``--per_user 0`` exports the real interactions alone.
 
 If a language model adds something of its own, its items must help more than the controls.
 
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from augmentation.exports import export_merged
 from augmentation.filters import BATCH_SIZE
 from augmentation.merge import AUGMENTED_FILE, Interactions, load_augmented, save_augmented
 from augmentation.prompts import training_history
@@ -141,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         chosen = Interactions(users.astype(np.int32), np.concatenate(items).astype(np.int32))
     with atomic_folder(output) as temporary:
         save_augmented(temporary / AUGMENTED_FILE, chosen, data.fingerprint)
+        export_merged(data, chosen, temporary)
     row = {"kind": flags.kind, "items": len(chosen.items), "users": len(set(chosen.users.tolist()))}
     report("augmentation_controls", "cpu", [row])
 

@@ -16,10 +16,10 @@ from peft import PeftModel
 from torch import nn
 
 from augmentation.decoding import fitting_tokens
-from augmentation.exports import export
+from augmentation.exports import export_merged
 from augmentation.filters import REASONS, extract_interactions, judge, plausible_rank
 from augmentation.generation import GeneratedText, build_catalogue, generate, read_texts
-from augmentation.merge import AUGMENTED_FILE, Interactions, merge, save_augmented
+from augmentation.merge import AUGMENTED_FILE, Interactions, save_augmented
 from augmentation.prompts import (
     GenerationPrompts,
     IdPrompts,
@@ -61,7 +61,6 @@ from trainer.run_log import RunLog
 ADAPTER = "adapter"
 GENERATED = "generated.jsonl"
 COUNTS = "augmentation.json"
-EXPORTS = "exports"
 OUTPUT_BY_STAGE = {"tuning": ADAPTER, "generation": GENERATED}
 FREE_BATCH = 16  # users; other sizes give other texts
 CONSTRAINED_BATCH = 1024
@@ -475,5 +474,4 @@ def write(
     """Write the generated interactions, what became of them, and exports for other programs."""
     save_augmented(run_dir / AUGMENTED_FILE, interactions, data.fingerprint)
     write_json(run_dir / COUNTS, counts)
-    # Not the plain code: RecBole downloads data of its own when asked for ml-100k.
-    export(merge(data, interactions, "before"), run_dir / EXPORTS, f"{data.code}-augmented")
+    export_merged(data, interactions, run_dir)
