@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from xml.sax.saxutils import escape, quoteattr
 
 STYLE = """\
@@ -25,6 +26,18 @@ STYLE = """\
       path { stroke: #9198a1 }
       marker path { fill: #9198a1 }
     }"""
+
+
+def table(page: Path, heading: str) -> list[list[str]]:
+    """The cells of the first table below a heading, without the line below the table's head."""
+    lines = page.read_text(encoding="utf-8").split(heading)[1].splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("|"))
+    rows = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip().replace("`", "") for cell in line.strip("|").split("|")])
+    return [rows[0], *rows[2:]]
 
 
 def text(x: float, y: float, content: str, kind: str = "", anchor: str = "start") -> str:

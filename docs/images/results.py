@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from drawing import box, picture, text
+from drawing import box, picture, table, text
 
 README = Path(__file__).parents[2] / "README.md"
 HEADING = "## What it achieves"
@@ -16,21 +16,9 @@ LEFT, PANEL, BAR, ROW, TOP = 430, 185, 105, 30, 44  # the longest bar of a panel
 LABEL = "Test NDCG@10 of the paper and of this project, the table above as bars."
 
 
-def table() -> list[list[str]]:
-    """The cells of the first table below the heading, without the line below its head."""
-    lines = README.read_text(encoding="utf-8").split(HEADING)[1].splitlines()
-    start = next(index for index, line in enumerate(lines) if line.startswith("|"))
-    rows = []
-    for line in lines[start:]:
-        if not line.startswith("|"):
-            break
-        rows.append([cell.strip().replace("`", "") for cell in line.strip("|").split("|")])
-    return [rows[0], *rows[2:]]
-
-
 def parts() -> list[str]:
     """A row for each row of the table, and a panel for each data set."""
-    (_, *datasets), *rows = table()
+    (_, *datasets), *rows = table(README, HEADING)
     drawn = []
     for row, (name, *_) in enumerate(rows):
         drawn.append(text(LEFT - 14, TOP + ROW * row + 18, name, "small", "end"))
@@ -47,4 +35,5 @@ def parts() -> list[str]:
 
 
 if __name__ == "__main__":
-    print(picture(LEFT + 3 * PANEL, TOP + ROW * (len(table()) - 1) + 6, LABEL, parts()))
+    num_rows = len(table(README, HEADING)) - 1
+    print(picture(LEFT + 3 * PANEL, TOP + ROW * num_rows + 6, LABEL, parts()))

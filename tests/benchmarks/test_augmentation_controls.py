@@ -58,6 +58,20 @@ def test_controls_have_as_many_items_per_user(
     assert np.array_equal(again.items, first.items)
 
 
+@pytest.mark.parametrize("per_user", [0, 1])
+def test_exports_hold_the_real_items_and_the_added_ones(
+    per_user: int, generated: Path, toy_data: SequenceDataset, tmp_path: Path
+):
+    output = tmp_path / "control"
+    flags = ["--run", str(generated), "--kind", "generated", "--output", str(output)]
+    augmentation_controls.main([*flags, "--per_user", str(per_user)])
+    (interactions,) = (output / "exports" / "recbole").glob("*/*.inter")
+    num_added = len(load_augmented(output, toy_data).items)
+    assert num_added == per_user * len(set(load_augmented(generated, toy_data).users.tolist()))
+    num_rows = len(interactions.read_text().splitlines()) - 1  # the header
+    assert num_rows == len(toy_data.item_ids) + num_added
+
+
 def test_draws_follow_the_weights():
     with np.errstate(divide="ignore"):
         weights = np.log([0, 6, 3, 1])
