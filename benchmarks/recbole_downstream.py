@@ -18,6 +18,7 @@ Example:
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import tempfile
 from collections import defaultdict
@@ -86,19 +87,7 @@ def histories(folder: Path) -> History:
 def fit(name: str, folder: Path, seed: int, excluded: History, options: dict[str, Any]) -> Fit:
     """Train a model and rank the test items with its best weights in validation."""
     settings = SETTINGS | SHARED | BY_MODEL[name] | options
-    with tempfile.TemporaryDirectory() as checkpoints:  # RecBole makes the folder in any case
-        settings |= {
-            "data_path": str(folder.parent.resolve()),
-            "checkpoint_dir": checkpoints,
-            "seed": seed,
-        }
-        config = Config(model=name, dataset=folder.name, config_dict=settings)
-        init_seed(seed, reproducibility=True)
-        dataset = create_dataset(config)
-        train, valid, test = data_preparation(config, dataset)
-        init_seed(seed, reproducibility=True)
-        model = get_model(name)(config, train.dataset).to(config["device"])
-        trainer = get_trainer(config["MODEL_TYPE"], name)(config, model)
+    settings |= {"data_path": str(folder.parent.resolve()), "checkpoint_dir": ".", "seed": seed}
     best: dict[str, Any] = {"score": -1.0}
 
     def keep(epoch: int, score: float) -> None:  # in memory: RecBole's checkpoints are pickles
@@ -106,9 +95,18 @@ def fit(name: str, folder: Path, seed: int, excluded: History, options: dict[str
             weights = copy.deepcopy(model.state_dict())
             best.update(score=score, epoch=epoch + 1, weights=weights)
 
-    trainer.fit(train, valid, verbose=False, saved=False, callback_fn=keep)
-    model.load_state_dict(best["weights"])
-    recbole = trainer.evaluate(test, load_best_model=False)["ndcg@10"]
+    # RecBole writes logs into the working directory.
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
+        config = Config(model=name, dataset=folder.name, config_dict=settings)
+        init_seed(seed, reproducibility=True)
+        dataset = create_dataset(config)
+        train, valid, test = data_preparation(config, dataset)
+        init_seed(seed, reproducibility=True)
+        model = get_model(name)(config, train.dataset).to(config["device"])
+        trainer = get_trainer(config["MODEL_TYPE"], name)(config, model)
+        trainer.fit(train, valid, verbose=False, saved=False, callback_fn=keep)
+        model.load_state_dict(best["weights"])
+        recbole = trainer.evaluate(test, load_best_model=False)["ndcg@10"]
     return Fit(float(recbole), dict(test_ranks(model, dataset, test, excluded)), best["epoch"])
 
 

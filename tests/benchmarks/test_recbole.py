@@ -26,15 +26,19 @@ def test_parity(capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.parametrize("model", ["BPR", "LightGCN", "SASRec", "BERT4Rec"])
-def test_downstream(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_downstream(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     from benchmarks import recbole_downstream
 
     data = make_data([8] * 20)
     for name, users in (("none", 0), ("added", 20)):
         added = Interactions(np.arange(users), np.arange(users) + 1)
         export_merged(data, added, tmp_path / name)
-    runs = [str(tmp_path / "none"), str(tmp_path / "added")]
+    monkeypatch.chdir(tmp_path)
+    runs = ["none", "added"]
     recbole_downstream.main(["--model", model, "--runs", *runs, "--seeds", "1", "--epochs", "1"])
+    assert {path.name for path in tmp_path.iterdir()} == set(runs), "RecBole's logs are left"
     real, added, *differences = result(capsys.readouterr().out)["rows"]
     assert list(real) == list(added) == "model run seed epochs recbole NDCG@10 Recall@10".split()
     assert [real["run"], added["run"]] == ["none", "added"]
