@@ -58,7 +58,9 @@ def gains(top: float) -> tuple[list[str], float]:
             drawn.append(box(middle - 5, y + 5, 10, 10, kind, radius=2))
             y += ROW
     drawn.append(f'  <path d="M {ZERO:g} {start - 4:g} V {y:g}" stroke-dasharray="3 3"/>')
-    return drawn, y
+    for tick in ("-.02", "-.01", "0", "+.01"):
+        drawn.append(text(ZERO + SCALE * number(tick), y + 18, tick, "small", "middle"))
+    return drawn, y + 18
 
 
 if __name__ == "__main__":
