@@ -17,7 +17,7 @@ from config import (
     UNUSED_FLAGS,
     CommonConfig,
 )
-from distributed import is_main, joined, rank, size
+from distributed import is_main, joined, leave, rank, size
 from errors import ArgumentError, UserError
 from flags import boolean, boolean_or_auto, flags_of
 
@@ -187,6 +187,7 @@ def run_main(main: Main, *, can_resume: bool = True) -> None:
         with joined():
             main(None)
         process.check_output()
+        leave()
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         message = _user_message(error)
         if message is None:

@@ -58,8 +58,7 @@ def joined() -> Iterator[None]:
 
     The main process joins them in the block, after its checks. If those fail, the launcher ends the
     others. All wait for each other at the end: a process that failed while it exits would make the
-    launcher end a main process that still writes. The others exit here, at once, because threads of
-    torch can abort an interpreter that shuts down.
+    launcher end a main process that still writes. The others exit here.
     """
     if is_main():
         yield
@@ -73,7 +72,16 @@ def joined() -> Iterator[None]:
         wait()
         distributed.destroy_process_group()
         if not is_main():
-            os._exit(0)
+            leave()
+
+
+def leave() -> None:
+    """Exit at once if there are several processes, when all is done and written.
+
+    Threads of torch can abort an interpreter that shuts down.
+    """
+    if size() > 1:
+        os._exit(0)
 
 
 def join() -> None:

@@ -126,6 +126,10 @@ FLAGS = [
         env={"ACCELERATE_MIXED_PRECISION": "fp8"},
     ),
     Mistake(
+        "sharded weights in one process", f"{RANK} --llm_shard_weights true",
+        "--llm_shard_weights needs several processes: use torchrun",
+    ),
+    Mistake(
         "DeepSpeed", RANK, "ACCELERATE_USE_DEEPSPEED=true in the env",
         env={"ACCELERATE_USE_DEEPSPEED": "true"},
     ),

@@ -33,7 +33,7 @@ AUGMENTATION = [
     "--train_batch_size", 2, "--local_examples", 1, "--max_new_tokens", 8, "--save_seconds", 0,
 ]  # fmt: skip
 WRITERS = (  # not in Python; their second argument is the path
-    "trainer.checkpoint.save_file", "recipes.fit_retriever.save_model",
+    "trainer.checkpoint.save_file", "recipes.fit_retriever.save_file",
     "peft.peft_model.safe_save_file", "pyarrow.parquet.write_table", "torch.export.save",
 )  # fmt: skip
 OUTPUT_FLAGS = {"recommend.py": "--output", "export_run.py": "--output"}  # else --export_root
