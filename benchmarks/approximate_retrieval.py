@@ -24,13 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import Row, make_parser, report, run
+from benchmarks.common import Row, add_run_flags, load_run_data, make_parser, report, run
 from dataloader.sampler import evaluation_loader
 from dataloader.sequences import Histories
 from evaluation.approximate import ItemIndex
 from model.base import Retriever
 from model.registry import load_retriever
-from recipes.runs import data_config, finished_settings, load_data
 
 BATCH_SIZE = 64
 NUM_CANDIDATES = 20
@@ -101,8 +100,7 @@ def measure(kind: str, layer: Layer, batches: Sequence[Tensor], encode: float) -
 @torch.inference_mode()
 def measure_all(flags: argparse.Namespace) -> Iterator[Row]:
     """Measure the run's catalogue and larger ones."""
-    settings = finished_settings(Path(flags.run))
-    data = load_data(data_config(Path(flags.run), settings, flags.data_root, flags.cache_root))
+    data = load_run_data(flags)
     model: Retriever = load_retriever(Path(flags.run), data.num_items).eval()
     histories = Histories(data, "test", model.spec.max_len, model.spec.mask_token)
     histories.ends = histories.ends[: flags.users]
@@ -122,7 +120,7 @@ def measure_all(flags: argparse.Namespace) -> Iterator[Row]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure what the flags select."""
     parser = make_parser(__doc__)
-    parser.add_argument("--run", required=True, help="a finished run of train_retriever.py")
+    add_run_flags(parser, "a finished run of train_retriever.py")
     parser.add_argument(
         "--items",
         type=int,
@@ -131,8 +129,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="items of larger catalogues (default: 10^5 and 10^6)",
     )
     parser.add_argument("--users", type=int, default=1024, help="users (default: 1024)")
-    parser.add_argument("--data_root", help="as of recommend.py")
-    parser.add_argument("--cache_root", help="as of recommend.py")
     flags = parser.parse_args(argv)
     report("approximate_retrieval", "cpu", measure_all(flags), run=flags.run)
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,22 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache_root", default="data/cache", help="folder of preprocessed data and models"
     )
+
+
+def add_run_flags(parser: argparse.ArgumentParser, help_text: str) -> None:
+    """Add a finished run, and the folders of its data as ``recommend.py`` takes them."""
+    parser.add_argument("--run", required=True, help=help_text)
+    parser.add_argument("--data_root", help="as of recommend.py")
+    parser.add_argument("--cache_root", help="as of recommend.py")
+
+
+def load_run_data(flags: argparse.Namespace) -> SequenceDataset:
+    """Load the data set of a finished run; ``flags`` are those of ``add_run_flags``."""
+    from recipes import runs
+
+    run_dir = Path(flags.run)
+    settings = runs.finished_settings(run_dir)
+    return runs.load_data(runs.data_config(run_dir, settings, flags.data_root, flags.cache_root))
 
 
 def add_device_flag(parser: argparse.ArgumentParser, default: str = "cpu") -> None:

@@ -25,7 +25,7 @@ def peak_mib() -> float:
 
 
 def reset_peak() -> None:
-    """Let ``peak_mib`` begin anew, where the system can."""
+    """Reset the peak that ``peak_mib`` returns, where the system can."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

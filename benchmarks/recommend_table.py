@@ -21,11 +21,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import recommend
-from benchmarks.common import Row, add_device_flag, make_parser, report, run
+from benchmarks.common import (
+    Row,
+    add_device_flag,
+    add_run_flags,
+    load_run_data,
+    make_parser,
+    report,
+    run,
+)
 from benchmarks.memory import in_own_process, peak_mib
 from datasets import SequenceDataset
 from jagged import flat_ranges
-from recipes.runs import data_config, finished_settings, load_data
 
 USERS = (10_000, 100_000, 1_000_000)
 CHUNK = 10_000  # users drawn and written at once
@@ -57,8 +64,7 @@ def measure(flags: list[str]) -> tuple[float, float]:
 
 def measure_all(flags: argparse.Namespace) -> Iterator[Row]:
     """Measure every row in its own process."""
-    settings = finished_settings(Path(flags.run))
-    data = load_data(data_config(Path(flags.run), settings, flags.data_root, flags.cache_root))
+    data = load_run_data(flags)
     given = [
         word for name in FOLDERS if (value := getattr(flags, name)) for word in (f"--{name}", value)
     ]
@@ -79,7 +85,7 @@ def measure_all(flags: argparse.Namespace) -> Iterator[Row]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure what the flags select."""
     parser = make_parser(__doc__)
-    parser.add_argument("--run", required=True, help="a finished run of either stage")
+    add_run_flags(parser, "a finished run of either stage")
     parser.add_argument(
         "--users",
         type=int,
@@ -87,8 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=USERS,
         help="users per table (default: 10^4 to 10^6)",
     )
-    for name in FOLDERS:
-        parser.add_argument(f"--{name}", help="as of recommend.py")
+    parser.add_argument("--llm_base_model", help="as of recommend.py")
     add_device_flag(parser)
     flags = parser.parse_args(argv)
     report("recommend_table", flags.device, measure_all(flags), run=flags.run)

@@ -365,8 +365,9 @@ def activation_bytes_per_token(model: PeftModel) -> float:
 
     def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights | gathered:
-            saved[storage.data_ptr()] = storage.nbytes()
+        address = storage.data_ptr()
+        if address not in weights and address not in gathered:
+            saved[address] = storage.nbytes()
         return tensor
 
     # Weights that are sharded are here while their layer computes.

@@ -42,7 +42,7 @@ def shard_weights(model: PeftModel, device: torch.device) -> None:
     for layer in decoder.layers:
         fully_shard(layer, mesh=mesh, ignored_params=trained)
     # With a common root, the next layer's weights are gathered while a layer computes.
-    whole = {p for p in decoder.parameters() if p not in set(decoder.layers.parameters())}
+    whole = set(decoder.parameters()) - set(decoder.layers.parameters())
     fully_shard(decoder, mesh=mesh, ignored_params=trained | whole)
     model.to(device)
 
