@@ -189,7 +189,8 @@ def fold_retriever(
     if augmented:
         augmented = augmented.of_users(others)
         inputs.append(augmented.fingerprint().encode())
-    fingerprint = run_fingerprint(settings, {}, data, *inputs)
+    # Devices differ by rounding alone, so folds of another one are kept.
+    fingerprint = run_fingerprint(settings, {}, data, *inputs, exclude=("device",))
     run = RunFolder(path, (WEIGHTS,), fingerprint)
     # The caller's random state must not depend on whether a retriever is trained or found.
     with locked(run), torch.random.fork_rng():

@@ -154,6 +154,8 @@ def test_found_again_but_not_under_other_settings(
     )
     again = prior_of(run, toy_data)
     assert not fits and np.array_equal(first.encodings, again.encodings)
+    training_prior(replace(config(run), device=None), toy_data, first.keys, CPU)
+    assert not fits  # the device does not matter
     settings = read_json(run / "config.json")
     write_json(run / "config.json", settings | {"weight_decay": 0.5})
     other = prior_of(run, toy_data)
