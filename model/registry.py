@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors.torch import load_model
+from safetensors.torch import load_file
 
 from errors import InputError
 from model.base import Retriever, RetrieverSpec
@@ -42,7 +42,7 @@ def load_retriever(run_dir: Path, num_items: int) -> Retriever:
     settings = read_json(run_dir / "config.json")
     try:
         model = build_retriever(RetrieverSpec.from_settings(settings | {"num_items": num_items}))
-        load_model(model, str(run_dir / "model.safetensors"))
+        model.load_state_dict(load_file(run_dir / "model.safetensors"))
     except Exception as error:  # settings and weights may hold anything
         raise InputError(f"{run_dir}: cannot load the retriever ({describe(error)})") from error
     return model.eval()

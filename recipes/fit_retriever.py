@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_model, save_file
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from augmentation.merge import Interactions, merge
@@ -302,4 +302,4 @@ def load_weights(model: Retriever, path: Path) -> None:
         InputError: the file is missing or damaged.
     """
     with reading(path):
-        load_model(model, str(path), device=str(next(model.parameters()).device))
+        model.load_state_dict(load_file(path))
