@@ -221,7 +221,8 @@ class Evaluator:
         ranks = reranked(candidates, self.val_users, scores).label_ranks
         targets = targets_among(candidates.items[self.val_users], candidates.labels[self.val_users])
         metrics = ranking_metrics(ranks, self.config.rerank_metric_ks)
-        return metrics | {LOG_LIKELIHOOD: -float(log_losses(scores, targets).mean())}
+        metrics[LOG_LIKELIHOOD] = -float(log_losses(scores, targets).mean())
+        return metrics | self.verbalizer.learned_weights(self.model)
 
     def save_best(self) -> None:
         """Keep the adapter of the latest validation."""

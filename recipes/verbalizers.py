@@ -48,6 +48,7 @@ from model.verbalizer import response_loss
 from recipes.language_model import LanguageModel
 from recipes.out_of_fold import evaluation_prior, training_prior
 from recipes.tuning import batch_limits
+from trainer.loop import Metrics
 
 RETRIEVER_BATCH_SIZE = 256
 CATALOGUE_CHUNK = 32  # titles scored behind one heading
@@ -120,6 +121,10 @@ class Verbalizer(ABC):
         own = {name: values for name, values in features.items() if name != RETRIEVER}
         main = next(iter(own))
         return fit_fusion(own, targets, base=main) if len(own) > 1 else Fusion({main: 1.0})
+
+    def learned_weights(self, model: nn.Module) -> Metrics:
+        """What is trained beside the adapters, for the log."""
+        return {}
 
     def batch_size(self, split: str) -> int:
         """Users per batch."""
@@ -345,6 +350,11 @@ class GuidedTitles(_Titles):
         """What the language model adds to the log-probability of each candidate."""
         retriever = retriever_log_probabilities(self.candidates[split], users)
         return {LOG_RATIO: scores - retriever}
+
+    def learned_weights(self, model: nn.Module) -> Metrics:
+        """Weights of the language model's logits and of the retriever."""
+        weights: Any = model.prior_weights
+        return dict(zip(("language_model_weight", "retriever_weight"), weights.tolist()))
 
     def fuse_alone(self, features: Features, targets: np.ndarray) -> Fusion:
         """The log-probabilities as they are."""

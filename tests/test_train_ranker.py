@@ -1,5 +1,6 @@
 """``train_ranker.py`` as a user runs it: its files, reproducibility, resuming, options."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import augment_data
@@ -246,6 +248,9 @@ def test_titles_with_the_retrievers_prior(flags: list[object], tmp_path: Path, r
     weights = check_titles(tmp_path / "run", tmp_path / "broken", flags)
     assert weights["ranker"] == {"retriever_log_probability": 1.0, "title_log_ratio": 1.0}
     assert list(weights["fused"]) == ["retriever_log_probability", "title_log_ratio"]
-    assert (tmp_path / "run" / "adapter" / "prior_weights.safetensors").exists()
+    kept = load_file(tmp_path / "run" / "adapter" / "prior_weights.safetensors")
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    names = ("val_language_model_weight", "val_retriever_weight")
+    assert kept["prior_weights"].tolist() in [[record[name] for name in names] for record in log]
     folds = sorted(path.name for path in (retriever / "folds").iterdir())
     assert folds == ["1_of_3", "2_of_3", "3_of_3"]
