@@ -31,8 +31,8 @@ from trainer.loop import Advice
 
 GIB = 2**30
 LEAST_TOKENS = 2048  # below this, micro-batches on CUDA are too small to be efficient
-# Fixed cost of a micro-batch in tokens. On CUDA, launching its kernels takes 0.2 s beside an H100, in
-# which Llama-2-7B computes on 3,600 tokens and smaller models on more.
+# Fixed cost of a micro-batch in tokens. On CUDA, launching its kernels takes 0.2 s, in which
+# Llama-2-7B computes on 3,600 tokens on an H100, and smaller models on more.
 FIXED_TOKENS = {"cpu": 128, "cuda": 4096}
 
 
