@@ -10,6 +10,10 @@ along its path, so that exp(score) is a distribution over the catalogue. With a 
 the retriever's, and the adapters learn what the retriever does not know. To interpolate a language
 model with another model log-linearly is known from speech recognition as shallow fusion; as in
 A. Sriram et al., Cold Fusion, 2017 (https://arxiv.org/abs/1708.06426), training sees it too.
+
+What is trained are log a and log b. A step of Adam changes each by up to the learning rate, which
+would be 2% of a = 0.05 itself: a shrank while the logits grew, until small steps of both undid what
+the language model had learned.
 """
 
 from __future__ import annotations
@@ -26,10 +30,17 @@ INITIAL_WEIGHTS = (0.05, 1.0)  # of the language model's logits and the retrieve
 
 
 def add_prior_weights(model: nn.Module) -> None:
-    """Give a model the trainable parameter ``prior_weights`` (2,), the weights a and b."""
+    """Give a model the trainable parameter ``log_prior_weights`` (2,), log a and log b."""
     device = next(model.parameters()).device
     weights = torch.tensor(INITIAL_WEIGHTS, dtype=torch.float32, device=device)
-    model.register_parameter("prior_weights", nn.Parameter(weights))
+    model.register_parameter("log_prior_weights", nn.Parameter(weights.log()))
+
+
+def prior_weights(model: nn.Module) -> Tensor:
+    """(2,) the weights a and b of a model to which ``add_prior_weights`` was applied."""
+    logs: Any = model.log_prior_weights
+    weights: Tensor = logs.exp()
+    return weights
 
 
 def log_softmax_by_group(scores: Tensor, groups: Tensor, num_groups: int) -> Tensor:
@@ -46,7 +57,7 @@ def chosen_log_probabilities(model: nn.Module, batch: dict[str, Any], tokens: Te
     """Compute log q of the chosen options.
 
     Args:
-        model: causal language model with ``prior_weights``.
+        model: causal language model with ``log_prior_weights``.
         batch: see ``dataloader.guided_titles``.
         tokens: (U,) token ids of ``TitleTrie.tokens``.
 
@@ -59,8 +70,8 @@ def chosen_log_probabilities(model: nn.Module, batch: dict[str, Any], tokens: Te
     logits = nn.functional.linear(hidden.float(), head.weight[tokens].float(), bias)  # (M, U)
     forks = batch["option_forks"]
     options = logits.flatten().gather(0, forks * len(tokens) + batch["option_tokens"])
-    weights: Any = model.prior_weights
-    scores = weights[0] * options + weights[1] * batch["option_priors"]
+    a, b = prior_weights(model)
+    scores = a * options + b * batch["option_priors"]
     return log_softmax_by_group(scores, forks, len(hidden)).gather(0, batch["chosen"])
 
 
@@ -70,7 +81,7 @@ def guided_loss(model: nn.Module, batch: dict[str, Any], tokens: Tensor) -> Tens
     It is negative if both together predict the titles better than the retriever alone.
 
     Args:
-        model: causal language model with ``prior_weights``.
+        model: causal language model with ``log_prior_weights``.
         batch: see ``dataloader.guided_titles.GuidedDocuments``.
         tokens: (U,) token ids of ``TitleTrie.tokens``.
 
@@ -88,7 +99,7 @@ def guided_scores(model: nn.Module, batch: dict[str, Any], tokens: Tensor) -> Te
     """Score the candidates of each history by the log-probability of their titles.
 
     Args:
-        model: causal language model with ``prior_weights``.
+        model: causal language model with ``log_prior_weights``.
         batch: see ``dataloader.guided_titles.GuidedCandidates``.
         tokens: (U,) token ids of ``TitleTrie.tokens``.
 

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from transformers.integrations.liger import apply_liger_kernel
 
 from distributed import is_sharded
-from errors import ArgumentError
+from errors import ArgumentError, InputError
 from model.cpu_attention import speed_up_on_cpu
 from model.cpu_norm import speed_up_norms
 from model.layers import Dropout
@@ -323,6 +323,8 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     if own := dict(model.named_parameters(recurse=False)):
         with reading(folder / OWN), torch.no_grad():
             values = load_file(folder / OWN)
+            if own.keys() - values.keys():
+                raise InputError(f"{folder / OWN} is of an earlier version: train the ranker again")
             for name, parameter in own.items():
                 parameter.copy_(values[name])
 

@@ -135,9 +135,9 @@ has the probability
 
 where z are the language model's logits after the heading, the titles of the history (the last
 `max_history` items) and the title so far, p is the retriever's probability of all items that
-continue with t, and a and b are `prior_weights` in `adapter/prior_weights.safetensors`. The score
-of an item is the sum of log q along its title. We know of no other library with this computation;
-`recommend.py` does it for single users and for tables.
+continue with t, and a and b are exp of `log_prior_weights` in `adapter/prior_weights.safetensors`.
+The score of an item is the sum of log q along its title. We know of no other library with this
+computation; `recommend.py` does it for single users and for tables.
 """
 
 

@@ -41,7 +41,7 @@ from evaluation.reranking import (
     score_titles,
 )
 from evaluation.retrieval import hard_negatives
-from model.guided_titles import guided_loss, guided_scores
+from model.guided_titles import guided_loss, guided_scores, prior_weights
 from model.registry import load_retriever
 from model.title_likelihood import title_loss, title_scores
 from model.verbalizer import response_loss
@@ -353,8 +353,8 @@ class GuidedTitles(_Titles):
 
     def learned_weights(self, model: nn.Module) -> Metrics:
         """Weights of the language model's logits and of the retriever."""
-        weights: Any = model.prior_weights
-        return dict(zip(("language_model_weight", "retriever_weight"), weights.tolist()))
+        names = ("language_model_weight", "retriever_weight")
+        return dict(zip(names, prior_weights(model).tolist()))
 
     def fuse_alone(self, features: Features, targets: np.ndarray) -> Fusion:
         """The log-probabilities as they are."""

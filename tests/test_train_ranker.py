@@ -251,6 +251,7 @@ def test_titles_with_the_retrievers_prior(flags: list[object], tmp_path: Path, r
     kept = load_file(tmp_path / "run" / "adapter" / "prior_weights.safetensors")
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     names = ("val_language_model_weight", "val_retriever_weight")
-    assert kept["prior_weights"].tolist() in [[record[name] for name in names] for record in log]
+    weights = kept["log_prior_weights"].exp().tolist()
+    assert weights in [[record[name] for name in names] for record in log]
     folds = sorted(path.name for path in (retriever / "folds").iterdir())
     assert folds == ["1_of_3", "2_of_3", "3_of_3"]

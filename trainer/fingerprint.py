@@ -9,7 +9,7 @@ from typing import Any
 
 # Raise this when the same settings and data give other results, other than by rounding. Then
 # earlier checkpoints are refused. tests/test_recorded_results.py notices such changes.
-RESULTS_FORMAT = 2
+RESULTS_FORMAT = 3
 
 
 def fingerprint(settings: Mapping[str, Any], *inputs: bytes) -> str:

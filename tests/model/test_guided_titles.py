@@ -20,6 +20,7 @@ from model.guided_titles import (
     guided_loss,
     guided_scores,
     log_softmax_by_group,
+    prior_weights,
 )
 from tests.helpers import read_tokenizer, shares
 
@@ -32,7 +33,7 @@ def model(tiny_llama: Path) -> nn.Module:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
     add_prior_weights(model)
     with torch.no_grad():
-        model.prior_weights.copy_(torch.tensor(WEIGHTS))
+        model.log_prior_weights.copy_(torch.tensor(WEIGHTS).log())
     return model
 
 
@@ -61,7 +62,7 @@ def log_probability(
     model: nn.Module, text: np.ndarray, item: int, lines: list[np.ndarray], p: np.ndarray
 ) -> torch.Tensor:
     """log q of one title after a text, by the definition; p (V + 1,) is the retriever's."""
-    a, b = model.prior_weights
+    a, b = prior_weights(model)
     line = lines[item]
     logits = model(torch.from_numpy(np.concatenate([text, line]))[None]).logits[0]
     total = torch.zeros(())
@@ -131,7 +132,7 @@ def test_scores_are_a_distribution_over_the_catalogue(
 def test_the_retriever_alone(
     model: nn.Module, toy_data: SequenceDataset, prompts: TitlePrompts, trie: TitleTrie
 ):
-    model.prior_weights.copy_(torch.tensor([0.0, 1.0]))
+    model.log_prior_weights.copy_(torch.tensor([-torch.inf, 0.0]))
     items = np.tile(np.arange(1, 41), (toy_data.num_users, 1))
     scores = score(model, toy_data, prompts, trie, items, np.array([5]))
     history = toy_data.item_ids[toy_data.offsets[5] : toy_data.offsets[6] - 1]

@@ -230,6 +230,18 @@ def test_damaged_adapter(tiny_llama: Path, tmp_path: Path, content: bytes | None
         load_adapter(model, tmp_path / "adapter")
 
 
+def test_weights_of_its_own(tiny_llama: Path, tmp_path: Path):
+    model, other = adapted(tiny_llama), adapted(tiny_llama)
+    for each, value in ((model, 1.0), (other, 2.0)):
+        each.register_parameter("own", torch.nn.Parameter(torch.tensor(value)))
+    save_adapter(model, tmp_path / "adapter")
+    load_adapter(other, tmp_path / "adapter")
+    assert other.own == 1
+    other.register_parameter("later", torch.nn.Parameter(torch.tensor(3.0)))
+    with pytest.raises(InputError, match=r"prior_weights\.safetensors is of an earlier version"):
+        load_adapter(other, tmp_path / "adapter")
+
+
 # Gradients and memory ---------------------------------------------------------------------------
 
 
