@@ -324,7 +324,7 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
         with reading(folder / OWN), torch.no_grad():
             values = load_file(folder / OWN)
             if own.keys() - values.keys():
-                raise InputError(f"{folder / OWN} is of an earlier version: train the ranker again")
+                raise InputError(f"{folder / OWN} was written by an earlier version")
             for name, parameter in own.items():
                 parameter.copy_(values[name])
 
