@@ -238,7 +238,7 @@ def test_weights_of_its_own(tiny_llama: Path, tmp_path: Path):
     load_adapter(other, tmp_path / "adapter")
     assert other.own == 1
     other.register_parameter("later", torch.nn.Parameter(torch.tensor(3.0)))
-    with pytest.raises(InputError, match=r"prior_weights\.safetensors was written by an earlier version"):
+    with pytest.raises(InputError, match="written by an earlier version"):
         load_adapter(other, tmp_path / "adapter")
 
 
