@@ -11,9 +11,9 @@ the retriever's, and the adapters learn what the retriever does not know. To int
 model with another model log-linearly is known from speech recognition as shallow fusion; as in
 A. Sriram et al., Cold Fusion, 2017 (https://arxiv.org/abs/1708.06426), training sees it too.
 
-What is trained are log a and log b. A step of Adam changes each by up to the learning rate, which
-would be 2% of a = 0.05 itself: a shrank while the logits grew, until small steps of both undid what
-the language model had learned.
+The parameters are log a and log b. A step of Adam moves a parameter by up to the learning rate, 2%
+of a = 0.05 if it were a itself. In long trainings a then shrank while the logits grew, and what the
+language model had learned was lost (docs/results/ranker.md).
 """
 
 from __future__ import annotations
