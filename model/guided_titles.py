@@ -12,8 +12,8 @@ model with another model log-linearly is known from speech recognition as shallo
 A. Sriram et al., Cold Fusion, 2017 (https://arxiv.org/abs/1708.06426), training sees it too.
 
 The parameters are log a and log b. A step of Adam moves a parameter by up to the learning rate, 2%
-of a = 0.05 if it were a itself. In long trainings a then shrank while the logits grew, and what the
-language model had learned was lost (docs/results/ranker.md).
+of a = 0.05 if it were a itself. Over 200 steps a then shrank while the adapters grew, and most of
+what the language model had learned was lost (docs/results/ranker.md).
 """
 
 from __future__ import annotations
