@@ -1,4 +1,4 @@
-"""Draw two tables of the results of LLM4IDRec: held-out items among those added, and gains.
+"""Draw the tables of the results of LLM4IDRec: held-out items among those added, and gains.
 
 Example:
     python docs/images/llm4idrec.py > docs/images/llm4idrec.svg
@@ -17,7 +17,7 @@ SCALE, ZERO = 9000, LEFT + 230  # points per unit of NDCG@10, and where no diffe
 GAP = 46  # between the parts
 LABEL = (
     "Held-out items among the added ones as multiples of chance, and differences in NDCG@10 with "
-    "their intervals: the two tables below."
+    "their intervals: the tables below."
 )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from drawing import box, picture, table, text
 
 README = Path(__file__).parents[2] / "README.md"
-HEADING = "## What it achieves"
+HEADING = "## Results"
 LEFT, PANEL, BAR, ROW, TOP = 430, 185, 105, 30, 44  # the longest bar of a panel has the width BAR
 LABEL = "Test NDCG@10 of the paper and of this project, the table above as bars."
 
