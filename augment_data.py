@@ -1,6 +1,6 @@
 """Generate further interactions for every user with a language model, to train retrievers on.
 
-This is LLM4IDRec with this project's recipe; --preset published selects that of its published code.
+This is LLM4IDRec with a recipe of this project; --preset published selects the one in its code.
 
 Example:
     python augment_data.py --dataset_code ml-100k

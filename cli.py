@@ -37,9 +37,9 @@ class Parser(argparse.ArgumentParser):
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that select a finished run and say where its data and model are now."""
     parser.add_argument("--run", required=True, metavar="DIR", help="a finished run")
-    parser.add_argument("--data_root", help="folder of raw data, unless that of the run")
-    parser.add_argument("--cache_root", help="folder of preprocessed data, unless that of the run")
-    parser.add_argument("--llm_base_model", help="the language model, unless that of the run")
+    parser.add_argument("--data_root", help="folder of raw data (default: the run's)")
+    parser.add_argument("--cache_root", help="folder of preprocessed data (default: the run's)")
+    parser.add_argument("--llm_base_model", help="the language model (default: the run's)")
 
 
 def parse(
@@ -59,11 +59,11 @@ def parse(
         config: the dataclass to fill.
         argv: words of the command line, ``sys.argv`` if None.
         description: first lines of ``--help``.
-        preset: from the given flags, data set included, to values that replace defaults.
-        inherit: from the given flags to values that replace presets.
+        preset: maps the given flags, data set included, to values that replace the defaults.
+        inherit: maps the given flags to values that replace the preset's.
 
     Raises:
-        UserError: a flag is unknown, malformed or out of range.
+        UserError: a flag is unknown, malformed or out of range, or there is no data set.
     """
     own = flags_of(config)
     foreign = {
@@ -196,7 +196,7 @@ def run_main(main: Main, *, can_resume: bool = True) -> None:
         print(f"error{where}: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
-        # A progress bar that the signal left half constructed would complain.
+        # Deleting a progress bar that the signal left half constructed would print an error.
         sys.unraisablehook = lambda _: None
         advised = "to continue, run the same command with --resume and without --overwrite"
         if is_main():

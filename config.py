@@ -56,11 +56,11 @@ DATA_FLAGS = (  # what selects the data set; later stages take it over from a ru
     "dataset_code", "data_root", "cache_root", "interactions", "items",
     "min_rating", "min_uc", "min_sc", "ties",
 )  # fmt: skip
-# Flags of the published code without an effect here: its retrievers rank the whole catalogue, and
-# attention heads share the width.
+# Flags of the published code that have no effect here: retrievers are evaluated on the whole
+# catalogue, and the width of an attention head follows from --hidden_units and --num_heads.
 IGNORED_FLAGS = ("negative_sample_size", "bert_head_size")
-# These are left out of config.json and of the fingerprint where they are not given, so that runs
-# of earlier commits keep theirs.
+# Left out of config.json and of the fingerprint unless given, so that runs from before these flags
+# existed keep their fingerprints.
 LATER_FLAGS = ("momentum", "decay_step", "gamma")
 MAX_BATCH = 65_536
 LOG_LIKELIHOOD = "log_likelihood"  # a value of --rerank_best_metric
@@ -94,7 +94,7 @@ class CommonConfig:
     min_sc: int = result_flag(5, "discard items with fewer interactions than this", positive)
     ties: str = result_flag(
         "item",
-        "order of a user's interactions at the same time: by item number, or as in the file",
+        "order of a user's interactions with equal timestamps: by item number, or as in the file",
         choices=("item", "file"),
     )
 
@@ -109,7 +109,7 @@ class CommonConfig:
     resume: bool = handling_flag(False, "continue an interrupted run", boolean)
     overwrite: bool = handling_flag(False, "replace an earlier run in the same folder", boolean)
     dry_run: bool = handling_flag(
-        False, "print settings and what the run would take, from a few steps of it, and stop",
+        False, "print the settings, estimate time and memory from a few steps, then stop",
         boolean,
     )  # fmt: skip
     save_seconds: float = handling_flag(
@@ -125,7 +125,7 @@ class CommonConfig:
 
     train_batch_size: int = result_flag(64, "examples per optimizer step", up_to(MAX_BATCH))
     val_batch_size: int = rounding_flag(64, "users per batch in validation", up_to(MAX_BATCH))
-    test_batch_size: int = rounding_flag(64, "users per batch in the test", up_to(MAX_BATCH))
+    test_batch_size: int = rounding_flag(64, "users per batch in testing", up_to(MAX_BATCH))
     max_steps: int | None = result_flag(None, "stop after this many optimizer steps", positive)
     optimizer: str = result_flag("AdamW", "optimizer", choices=("AdamW", "Adam", "SGD"))
     momentum: float | None = result_flag(None, "momentum of SGD; 0 if absent", probability)
@@ -142,8 +142,8 @@ class CommonConfig:
     )
     decay_step: int | None = result_flag(
         None,
-        "multiply the learning rate by --gamma after every so many steps, in place of --lr_decay, "
-        "if the schedule is enabled and the warm-up is not",
+        "multiply the learning rate by --gamma every this many steps instead of following "
+        "--lr_decay; only with --enable_lr_schedule and without --enable_lr_warmup",
         positive,
     )
     gamma: float | None = result_flag(None, "factor of --decay_step; 1 if absent", nonnegative)
@@ -212,14 +212,14 @@ class RetrieverConfig(CommonConfig):
     best_metric: str = result_flag("Recall@10", "validation metric that selects the checkpoint")
     mask_history: str = result_flag(
         "test",
-        "exclude a user's own items from ranking: in the test and the candidates, "
-        "in validation as well, or never",
+        "exclude the items of a user's history from ranking: in testing and for the candidates, "
+        "also in validation, or never",
         choices=("test", "always", "never"),
     )
     title_encoder: str = result_flag(
         "none",
-        "initialize item embeddings from title encodings by this model: minilm-l6, a name on the "
-        "hub or a folder; none for random embeddings",
+        "initialize item embeddings with this model's encodings of the titles: minilm-l6, a name "
+        "on the hub or a folder; none for random embeddings",
     )
     label_smoothing: float = result_flag(
         0.0, "share of the target probability that is spread over all items", probability
@@ -233,7 +233,7 @@ class RetrieverConfig(CommonConfig):
         choices=("float32", "bfloat16"),
     )
     search: bool = handling_flag(
-        False, "train every point of the grid and keep the best in validation", boolean
+        False, "train every point of the grid and keep the one that validates best", boolean
     )
     search_weight_decay: tuple[float, ...] = handling_flag(
         (0.0, 0.01), "weight decays of the grid", nonnegative, many=True
@@ -329,12 +329,12 @@ class LanguageModelConfig(CommonConfig):
     )
     tokens_per_batch: int | None = rounding_flag(
         None,
-        f"most tokens per micro-batch in training; {TOKENS_PER_BATCH['cuda']} on CUDA, "
-        f"{TOKENS_PER_BATCH['cpu']} on the CPU",
+        "maximum number of tokens per micro-batch in training; by default "
+        f"{TOKENS_PER_BATCH['cuda']} on CUDA, {TOKENS_PER_BATCH['cpu']} on the CPU",
         positive,
     )
     llm_max_text_len: int = result_flag(
-        1536, "longest prompt in tokens; the oldest history is dropped first", positive
+        1536, "longest prompt in tokens; the oldest items are dropped first", positive
     )
     lora_r: int = result_flag(8, "rank of the adapters", up_to(4096))
     lora_alpha: int = result_flag(32, "scale of the adapters", positive)
@@ -347,7 +347,7 @@ class LanguageModelConfig(CommonConfig):
         20, "stop after this many validations without improvement", positive
     )
     lora_micro_batch_size: int | None = rounding_flag(
-        None, "most prompts per micro-batch in training, beside --tokens_per_batch", positive
+        None, "maximum number of prompts per micro-batch, besides --tokens_per_batch", positive
     )
 
     # The published code leaves these to the Hugging Face Trainer, so its defaults apply.
@@ -387,8 +387,8 @@ class RankerConfig(LanguageModelConfig):
     )
     folds: int = result_flag(
         3,
-        "retrievers that are trained on part of the users, for probabilities of training "
-        "interactions they have not seen",
+        "number of retrievers, each trained without one part of the users, which give the "
+        "probabilities of that part's training interactions",
         up_to(100),
     )
     llm_max_title_len: int = result_flag(32, "longest title in tokens", positive)
@@ -434,7 +434,7 @@ class RankerConfig(LanguageModelConfig):
     )
     train_batch_size: int = result_flag(16, "prompts per optimizer step", up_to(MAX_BATCH))
     val_batch_size: int = rounding_flag(16, "prompts per batch in validation", up_to(MAX_BATCH))
-    test_batch_size: int = rounding_flag(16, "prompts per batch in the test", up_to(MAX_BATCH))
+    test_batch_size: int = rounding_flag(16, "prompts per batch in testing", up_to(MAX_BATCH))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -463,7 +463,7 @@ class RankerConfig(LanguageModelConfig):
         return self.verbalizer == "titles" and self.retriever_prior
 
     def with_retriever(self, data_code: str) -> RankerConfig:
-        """These settings with the retriever's run, by default the one of LRURec on the data set."""
+        """These settings with the retriever's run, by default LRURec's on the data set."""
         default = str(Path(self.experiment_root, "lru", data_code))
         return replace(self, llm_retrieved_path=self.llm_retrieved_path or default)
 
@@ -479,20 +479,20 @@ class RankerConfig(LanguageModelConfig):
 
 @dataclass(frozen=True)
 class AugmentationConfig(LanguageModelConfig):
-    """Settings of ``augment_data.py``, after LLM4IDRec; the defaults are not the published recipe.
+    """Settings of ``augment_data.py``, based on LLM4IDRec, whose own recipe is a preset.
 
     A flag with a ``stage`` affects that stage and the following ones; the others affect all.
     """
 
     preset: str = result_flag(
         "sequential",
-        "sequential: items in the order of time, short examples, a loss on the answers; published: "
-        "LLM4IDRec as in its code, with several times as many tokens",
+        "sequential: items in chronological order, short examples, loss on the answers only; "
+        "published: LLM4IDRec as in its code, with several times as many tokens",
         choices=("sequential", "published"),
     )
     id_prompt: str = result_flag(
         "short",
-        "wording of the prompts: short and cut to recent items, or the published one, cut on the "
+        "prompts: short, cut to the most recent items, or in the published wording, cut on the "
         "right",
         choices=("short", "published"),
     )
@@ -503,26 +503,26 @@ class AugmentationConfig(LanguageModelConfig):
     )
     global_examples: int = result_flag(
         1,
-        "training examples per user and epoch from all items, split at random",
+        "training examples per user and epoch from all training items, split at a random position",
         up_to(1000, lowest=0),
     )
     local_examples: int = result_flag(
         20,
-        "further training examples per user and epoch, from some items at random",
+        "further training examples per user and epoch, each from a random subset of the items",
         up_to(1000, lowest=0),
     )
-    local_items: int = result_flag(10, "items of such an example, targets included", positive)
+    local_items: int = result_flag(10, "items in such a subset, targets included", positive)
     min_targets: int = result_flag(
         1,
-        "fewest items in the answer of an example from all items; users with fewer training items "
-        "than these and one more have no examples",
+        "minimum number of items in the answer of an example from all items; users need one more "
+        "training item than this, or have no examples",
         positive,
     )
     llm_train_on_inputs: bool = result_flag(
         False, "train on the whole prompt, not only on the answer", boolean
     )
     kept_weights: str = result_flag(
-        "best", "adapter to keep: the best in validation, or the last step's",
+        "best", "adapter to keep: the one that validates best, or that of the last step",
         choices=("best", "last"),
     )  # fmt: skip
     lora_lr: float = result_flag(1e-3, "learning rate", nonnegative)
@@ -543,13 +543,13 @@ class AugmentationConfig(LanguageModelConfig):
         0, "sample from at most this many tokens; 0 for no such limit, 1 for the most likely one",
         count, stage="generation",
     )  # fmt: skip
-    max_new_tokens: int = result_flag(200, "most tokens generated per user", positive)
+    max_new_tokens: int = result_flag(200, "maximum number of tokens generated per user", positive)
     val_batch_size: int = rounding_flag(16, "examples per batch in validation", up_to(MAX_BATCH))
-    # Without --constrained, users of a batch share one stream of random numbers.
+    # Without --constrained, the users of a batch share one stream of random numbers.
     test_batch_size: int = rounding_flag(
         0,
-        "users per batch in generation; 0 for 16, or with --constrained for as many as fit in "
-        "half of the free memory on CUDA, and in 2 GiB on the CPU",
+        "users per batch in generation; 0 for 16, or with --constrained for up to 1024, as far as "
+        "they fit in half of the free memory on CUDA or in 2 GiB on the CPU",
         up_to(MAX_BATCH, lowest=0),
     )
     retriever_path: str | None = handling_flag(
@@ -567,7 +567,7 @@ class AugmentationConfig(LanguageModelConfig):
         stage="filter",
     )  # fmt: skip
     reuse: str | None = handling_flag(
-        None, "earlier run whose tuned model and texts are reused as far as the flags agree"
+        None, "earlier run whose tuned model and texts are reused as far as its flags agree"
     )
 
     def __post_init__(self) -> None:
@@ -615,7 +615,7 @@ def _dropouts(probability: float) -> dict[str, float]:
     return {"dropout": probability, "attn_dropout": probability}
 
 
-# Section 4.0.4. Where the paper gives a grid (dropout, weight decay), one point of it.
+# Section 4.0.4. Where the paper searches a grid (dropout, weight decay), one point of it.
 _LONG_HISTORIES = {"max_len": 200, "train_batch_size": 16}
 _PAPER_BY_DATASET: dict[str, dict[str, Any]] = {
     "ml-100k": _LONG_HISTORIES,
@@ -625,8 +625,8 @@ _PAPER_BY_MODEL: dict[str, dict[str, Any]] = {
     "bert": _dropouts(0.2),
     "narm": {"num_blocks": 1},  # as in its own paper
 }
-# Chosen on validation, see docs/results/ablations.md. Averaged weights and a decaying learning rate
-# need far fewer steps. Validation excludes the history, as the test does.
+# Chosen on validation, see docs/results/ablations.md. With averaged weights and a decaying learning
+# rate, far fewer steps are needed. Validation excludes the history, as testing does.
 _TUNED: dict[str, Any] = {
     "max_steps": 3000,
     "hidden_units": 128,
@@ -642,7 +642,7 @@ _TUNED: dict[str, Any] = {
 }
 _TUNED_BY_DATASET: dict[str, dict[str, Any]] = {"beauty": {"max_steps": 5000}}
 _TUNED_BY_MODEL: dict[str, dict[str, Any]] = {
-    "bert": {"max_steps": 6000} | _dropouts(0.1),  # only masked items are trained on
+    "bert": {"max_steps": 6000} | _dropouts(0.1),  # more steps: the loss covers only masked items
     "narm": _dropouts(0.1),
     "sas": _dropouts(0.3),
 }
@@ -652,8 +652,8 @@ _TUNED_BY_BOTH: dict[tuple[str, str], dict[str, Any]] = {
 }
 
 
-# For the likelihood of titles a target costs the tokens of its title, not of a prompt, so larger
-# adapters can be trained for a whole epoch on a CPU.
+# With --verbalizer titles, a target costs the tokens of its title instead of a whole prompt, so
+# larger adapters can be trained for an entire epoch on a CPU.
 _TITLES: dict[str, Any] = {
     "lora_r": 32,
     "lora_alpha": 64,
@@ -700,7 +700,7 @@ _PUBLISHED: dict[str, Any] = {
 
 
 def augmentation_preset(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Look up the settings of a recipe of the augmentation.
+    """Look up the settings of an augmentation recipe.
 
     Args:
         given: ``preset`` unless it is the default.
@@ -709,7 +709,7 @@ def augmentation_preset(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def retriever_preset(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Look up the settings of a recipe.
+    """Look up the settings of a retriever's recipe.
 
     Args:
         given: ``dataset_code`` and, unless they are the defaults, ``preset`` and ``model_code``.

@@ -1,12 +1,12 @@
 """Several processes that work on one run, started by torchrun or ``accelerate launch``.
 
 All of them run the same script on the same files. In training, each computes its share of a step's
-examples; in evaluation, of n processes each takes every n-th batch. What they computed is exchanged
-exactly, so that all hold the same weights and results. Process 0, the main one, checks the input
-before the others start, and it alone writes files and prints.
+examples; in evaluation, each of n processes takes every n-th batch. They exchange what they
+computed, so that all hold exactly the same weights and results. Process 0, the main one, checks the
+input before the others start, and it alone writes files and prints.
 
-Without a launcher there is one process, and nothing here does anything. torch is imported only
-where there are several.
+Without a launcher there is one process, and the functions here have nothing to do. torch is
+imported only if there are several.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ def in_main_process(function: Callable[P, None]) -> Callable[P, None]:
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Go through the block as one of the processes, the others later than main and quietly.
+    """Run the block in every process; all but the main one start later and print nothing.
 
-    The main process joins them in the block, after its checks. If those fail, the launcher ends the
-    others. All wait for each other at the end: a process that failed while it exits would make the
-    launcher end a main process that still writes. The others exit here.
+    The main process calls ``join`` in the block, after its checks. If these fail, the launcher ends
+    the others. At the end, all wait for each other: a process that crashed while exiting would make
+    the launcher end a main process that is still writing. All but the main one exit here.
     """
     if is_main():
         yield
@@ -76,9 +76,9 @@ def joined() -> Iterator[None]:
 
 
 def leave() -> None:
-    """Exit at once if there are several processes, when all is done and written.
+    """Exit at once if there are several processes; call it when everything is written.
 
-    Threads of torch can abort an interpreter that shuts down.
+    torch's threads can abort an interpreter that shuts down in the usual way.
     """
     if size() > 1:
         os._exit(0)
@@ -93,9 +93,9 @@ def join() -> None:
 
     if distributed.is_initialized():
         return
-    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Python's would have to wait as well
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # one in Python would not run meanwhile
     try:
-        # Gradients stay on the device, all else is exchanged on the host.
+        # Gradients are exchanged on the device, everything else on the host.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         with _others_watched():
             distributed.init_process_group(backend, timeout=PATIENCE)
@@ -120,13 +120,13 @@ def _others_watched() -> Iterator[None]:
 
 
 def wait() -> None:
-    """Wait until all processes are here, so that they find what the main one has written."""
+    """Wait until all processes get here, so that they find what the main one has written."""
     largest(0)
 
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """Let the main process go through the block first, and the others find what it has cached."""
+    """Run the block in the main process first, so that the others find what it has cached."""
     if not is_main():
         wait()
     yield
@@ -157,7 +157,7 @@ def _reduced(number: int, operation: str) -> int:
 
 
 def add_up(tensors: Sequence[Any]) -> None:
-    """Replace tensors, in place, by their sums over all processes: the same bits in each."""
+    """Replace tensors, in place, by their sums over all processes; all get the same bits."""
     if size() == 1:
         return
     import torch
@@ -188,7 +188,7 @@ def smallest(number: int) -> int:
 
 
 def is_sharded(model: Any) -> bool:
-    """Whether the processes share a model's weights, see ``model.sharding``."""
+    """Whether a model's weights are split among the processes, see ``model.sharding``."""
     if size() == 1:
         return False
     from torch.distributed.fsdp import FSDPModule
@@ -197,16 +197,16 @@ def is_sharded(model: Any) -> bool:
 
 
 def repeats(count: int, batch: T) -> list[T]:
-    """What a process must go through beside its own batches, so that all go through equally many.
+    """Batches that a process must repeat so that all processes run equally many.
 
-    Where weights are sharded, all processes must call the model equally often.
+    If its weights are sharded, all processes must call the model equally often.
 
     Args:
-        count: how many batches this process has; there may be too few for all.
-        batch: one of them; anything if there are none.
+        count: number of batches that this process has, possibly none.
+        batch: one of them; any value if there are none.
 
     Returns:
-        The batch as often as needed; in a process without any, that of the main process.
+        The batch as often as needed; a process without batches gets the main process's.
     """
     missing = largest(count) - count
     if smallest(count) == 0:
@@ -221,6 +221,6 @@ def from_main(value: T) -> T:
 
 
 def interleave(values: list[T]) -> list[T]:
-    """Put together a list of which process r of n holds the values r, r + n, r + 2n, ..."""
+    """Restore the order of a list if process r of n holds the values r, r + n, r + 2n, ..."""
     shares = gather(values)
     return [shares[i % size()][i // size()] for i in range(sum(map(len, shares)))]

@@ -34,8 +34,8 @@ def sha256(path: Path) -> str:
 def fetch_file(url: str, target: Path) -> None:
     """Download a file unless it exists; an interrupted download is resumed.
 
-    For publishers that give no checksum: verified are the length and, for ``.gz`` files, the
-    checksum inside.
+    This is for publishers that give no checksum. Only the length is verified and, in ``.gz`` files,
+    the checksum that they contain.
 
     Args:
         url: address of the file.
@@ -175,7 +175,7 @@ def _check_gzip(path: Path) -> None:
 def _extract(archive: Path, members: Mapping[str, Path], hashes: Mapping[str, str]) -> None:
     """Copy members of a ZIP file to the given paths.
 
-    Paths stored in the archive are only looked up; they never decide where a file is written.
+    Paths in the archive are only looked up; they never decide where a file is written.
 
     Args:
         archive: the ZIP file.

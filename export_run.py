@@ -17,7 +17,7 @@ from recipes.runs import check_own_folder, data_config, finished_settings, load_
 from storage import atomic_folder, remove_left_behind
 
 README = "README.md"
-TITLE = "# An exported run\n"  # by which an earlier export is known
+TITLE = "# An exported run\n"  # identifies an earlier export
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -50,7 +50,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     """Refuse to replace anything but an earlier export.
 
     Raises:
-        UserError: there is something in the way.
+        UserError: the folder holds something else, or an export without ``overwrite``.
     """
     readme = output / README
     is_ours = readme.is_file() and readme.read_text(errors="replace").startswith(TITLE)

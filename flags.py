@@ -74,7 +74,7 @@ def path(text: str) -> str:
 
 
 def up_to(highest: int, *, lowest: int = 1) -> Reader:
-    """Build a reader of whole numbers that are sizes: beyond ``highest`` no machine would do."""
+    """Build a reader of whole numbers up to ``highest``, a size that no machine could exceed."""
     return number(int, lowest, highest)
 
 
@@ -98,13 +98,13 @@ def result_flag(default: Any, help: str, type: Reader = str, **options: Any) -> 
         help: one line for ``--help``.
         type: reads one word of the command line.
         options: ``alias`` (a second name), ``many`` (takes a list of words), ``choices``,
-            ``stage`` (the first stage of the augmentation that depends on it).
+            ``stage`` (the first stage of the augmentation that depends on the flag).
     """
     return _flag("results", default, help, type, options)
 
 
 def rounding_flag(default: Any, help: str, type: Reader = str, **options: Any) -> Any:
-    """Declare a flag that changes results by rounding errors alone; see ``result_flag``."""
+    """Declare a flag that changes results only by rounding errors; see ``result_flag``."""
     return _flag("rounding", default, help, type, options)
 
 

@@ -1,8 +1,8 @@
 """Jagged batches: sequences of different lengths on one axis, without padding.
 
 In a padded batch only 13.5% of the positions hold an item on Beauty and 15% on Games. A jagged
-batch concatenates the B sequences instead, so that every operation that acts on positions alone
-(embeddings, linear layers, norms, the loss) does no wasted work:
+batch concatenates the B sequences instead, so that operations on single positions (embeddings,
+linear layers, norms, the loss) do no wasted work:
 
     sequences   [5 9 2]  [7]  [3 3 8 1]         B = 3
 
@@ -10,8 +10,8 @@ batch concatenates the B sequences instead, so that every operation that acts on
     positions    0 1 2    0    0 1 2 3          a sequence starts wherever this is 0
     scored           2    3          7          last positions, to predict the next items from
 
-Operations across positions need to know where the sequences lie. A recurrence takes them step by
-step (``time_major``), attention in rows of similar length (``padded_rows``).
+Operations across positions need to know where the sequences lie. Recurrences process them step by
+step (``time_major``), attention in padded rows of similar length (``padded_rows``).
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def time_major(positions: Tensor) -> TimeMajor:
         positions: (N,) index of each position within its sequence.
     """
     sequence, lengths = _sequences(positions)
-    rank = torch.empty_like(lengths)  # of each sequence by descending length
+    rank = torch.empty_like(lengths)  # rank of each sequence by descending length
     rank[lengths.argsort(descending=True, stable=True)] = torch.arange(
         len(lengths), device=positions.device
     )
@@ -131,12 +131,15 @@ class PaddedRows(NamedTuple):
 def padded_rows(positions: Tensor, max_length: int, *, with_mask: bool) -> list[PaddedRows]:
     """Group the sequences of a jagged batch into rows of similar length.
 
-    Sequences of one item are left out: they attend to themselves alone.
+    Sequences of one item are left out: they attend only to themselves.
 
     Args:
         positions: (N,) index of each position within its sequence.
         max_length: length of the longest sequence.
         with_mask: whether to compute the mask of padding.
+
+    Returns:
+        The groups, longest rows first; groups without a sequence are left out.
     """
     sequence, lengths = _sequences(positions)
     groups, length = [], max_length

@@ -1,4 +1,4 @@
-"""What concerns the whole process: signals, streams, the CUDA device, settings of libraries."""
+"""Process-wide setup: signals, streams, the CUDA device, settings of libraries."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ import psutil
 from distributed import size
 from errors import ArgumentError, UserError
 
-# Turns for which a thread of torch's OpenMP library waits before it sleeps; 300,000 by default. The
-# library chooses fewer itself if there are more threads than cores, but knows only its own threads.
+# Iterations for which an idle thread of torch's OpenMP library spins before it sleeps; 300,000 by
+# default. The library lowers this if there are more threads than cores, but counts only its own.
 GOMP_SPINCOUNT = "1000"
 DEFERRED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Settings that accelerate would take from the environment, with values that change nothing. They
-# are not part of a run's settings.
+# Environment variables that accelerate reads, with the values that change nothing. They are not
+# part of a run's settings, so others are refused.
 ACCELERATE_SETTINGS = {
     "ACCELERATE_MIXED_PRECISION": "no",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
@@ -47,12 +47,12 @@ def _terminate(*_: object) -> None:
 
 def set_up() -> None:
     """Prepare the process of an entry script; call it before torch is imported."""
-    # Jagged batches hardly ever repeat a shape. oneDNN would cache up to 1,024 kernels, which
-    # takes gigabytes in a long run.
+    # Jagged batches hardly ever repeat a shape. By default, oneDNN caches up to 1,024 kernels,
+    # which takes gigabytes in a long run.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    # For the same reason, blocks of GPU memory would hardly ever fit again.
+    # For the same reason, blocks of GPU memory of fixed size could hardly ever be reused.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    # Threads that wait for others would use up the time of whatever else runs on their cores.
+    # Spinning threads take CPU time from everything else that runs on their cores.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", GOMP_SPINCOUNT)
     silence_libraries()
@@ -61,11 +61,11 @@ def set_up() -> None:
 
 
 def silence_libraries() -> None:
-    """Hide bars and warnings of the libraries; the user's own ``python -W`` wins.
+    """Hide progress bars and warnings of libraries, unless the user passes ``python -W``.
 
     What transformers logs, such as missing weights, still appears.
     """
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # those of transformers as well
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # also hides those of transformers
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
 
@@ -117,7 +117,7 @@ class _Lasting:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write text, now or never."""
+        """Write text, or drop it if the stream cannot be written."""
         try:
             return self._stream.write(text)
         except OSError as error:
@@ -125,7 +125,7 @@ class _Lasting:
             return len(text)
 
     def flush(self) -> None:
-        """Flush, now or never."""
+        """Flush, or drop what is left if the stream cannot be written."""
         try:
             self._stream.flush()
         except OSError as error:
@@ -140,7 +140,7 @@ class _Lasting:
 
 @contextmanager
 def deferred_signals() -> Iterator[list[int]]:
-    """Defer Ctrl-C and SIGTERM to the end of the block; yields the list of those received."""
+    """Defer Ctrl-C and SIGTERM, and yield a list that collects the numbers of those received."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received  # only the main thread receives signals
@@ -183,7 +183,8 @@ def check_device(device: str | None) -> None:
 
     Raises:
         ArgumentError: CUDA is requested, and there is no driver or the launcher forbids it.
-        UserError: the environment has settings for accelerate, or its launcher left out processes.
+        UserError: the environment has settings for accelerate, or its launcher started fewer
+            processes than requested.
     """
     for name, unchanged in ACCELERATE_SETTINGS.items():
         value = os.environ.get(name, unchanged)

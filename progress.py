@@ -1,4 +1,4 @@
-"""How far a long loop has come: a bar on a terminal, now and then a line in a log."""
+"""Progress of long loops: a bar on a terminal, an occasional line in a log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recommend items after a user's history, with a finished run of either stage.
+"""Recommend items to users, given their histories, with a finished run of either stage.
 
 Example:
     python recommend.py --run experiments/lru/ml-100k --user 42
@@ -48,7 +48,7 @@ SEPARATOR = ";"
 
 
 class Query(NamedTuple):
-    """Somebody to recommend items to.
+    """A user to recommend items to, of the data set or not.
 
     Attributes:
         user: identifier of a user of the data set, or None.
@@ -71,8 +71,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--input",
         metavar="FILE",
-        help="CSV, TSV, Parquet or .inter file with users of the data set (column user) or the "
-        "interactions of anybody (user, item, timestamp; all rows of a user together)",
+        help="CSV, TSV, Parquet or .inter file with users of the data set (column user), or with "
+        "interactions of any users (user, item, timestamp; all rows of a user together)",
     )
     parser.add_argument("--output", metavar="DIR", help="folder of Parquet files for --input")
     parser.add_argument(
@@ -93,15 +93,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--retrieval",
         choices=("exact", "approximate"),
         default="exact",
-        help="score all items, or search an index of faiss that misses some, for catalogues of "
-        "hundreds of thousands of items (pip install -r requirements-faiss.txt)",
+        help="score all items, or search a faiss index that misses some of the best, for "
+        "catalogues of hundreds of thousands of items (pip install -r requirements-faiss.txt)",
     )
     parser.add_argument("--k", type=int, default=10, help="number of items (default: 10)")
     parser.add_argument(
         "--explain",
         action="store_true",
-        help="also show what the language model reads, and all candidates with their ranks before "
-        "and after",
+        help="also show the language model's input, and all candidates with their ranks before and "
+        "after reranking",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="CUDA if available")
@@ -110,7 +110,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Look up what was asked, load the models, answer."""
+    """Check the flags, load data and models, and answer the query."""
     flags = parse(argv)
     check_flags(flags)
     check_single_process()
@@ -146,7 +146,7 @@ def check_flags(flags: argparse.Namespace) -> None:
     """Refuse flags that contradict each other.
 
     Raises:
-        UserError: they do, or there is nobody to ask.
+        UserError: they do, or there is no query and no terminal to ask for one.
     """
     given = [
         f"--{name}" for name in ("user", "history", "input") if getattr(flags, name) is not None
@@ -211,7 +211,7 @@ def check_k(flags: argparse.Namespace, settings: dict[str, Any], data: SequenceD
 
 
 def first_query(flags: argparse.Namespace, data: SequenceDataset) -> Query | None:
-    """What the flags ask, None if they ask nothing."""
+    """The query in the flags, or None if there is none."""
     if flags.user is not None:
         return user_query(data, flags.user)
     if flags.history is not None:
@@ -226,7 +226,7 @@ def user_query(data: SequenceDataset, name: str) -> Query:
 
 
 def read_titles(text: str) -> list[str]:
-    """Titles from a flag, or from the file that it names.
+    """Titles from the value of a flag, or from the file that it names.
 
     Raises:
         UserError: there are none.
@@ -243,7 +243,7 @@ def read_titles(text: str) -> list[str]:
 
 
 def titles_query(data: SequenceDataset, titles: Sequence[str]) -> Query:
-    """Somebody new, known by titles. Titles that are not quite those of an item are pointed out."""
+    """A new user, given by titles; a note points out titles that do not match an item exactly."""
     with advice("give other titles with --history"):
         matches = find_items(data, titles)
     for match in matches:
@@ -253,7 +253,7 @@ def titles_query(data: SequenceDataset, titles: Sequence[str]) -> Query:
 
 
 def fill_table(flags: argparse.Namespace, config: CommonConfig, data: SequenceDataset) -> None:
-    """Write recommendations for all users of a file."""
+    """Write recommendations for all users in a file."""
     people, output = People(Path(flags.input), data), Path(flags.output)
     job = Job(
         run_dir=Path(flags.run),
@@ -285,7 +285,7 @@ def fill_table(flags: argparse.Namespace, config: CommonConfig, data: SequenceDa
 
 
 def find_engine(flags: argparse.Namespace) -> Engine:
-    """What writes the files.
+    """Select what writes the files: this process, or Ray.
 
     Raises:
         UserError: Ray is not installed.
@@ -300,7 +300,7 @@ def find_engine(flags: argparse.Namespace) -> Engine:
 
 
 def converse(recommender: Recommender, flags: argparse.Namespace) -> None:
-    """Ask for users or titles and answer, until there are no more."""
+    """Ask for users or titles and answer, until an empty line."""
     data = recommender.data
     print(f"Enter a user, or titles separated by {SEPARATOR!r}. An empty line ends.")
     while True:

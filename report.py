@@ -1,4 +1,4 @@
-"""Tables 1 to 4 of the paper beside the runs under ``experiments/``, and learning curves.
+"""Report the runs under ``experiments/`` next to Tables 1 to 4 of the paper, with learning curves.
 
 Example:
     python report.py
@@ -43,7 +43,7 @@ INFERENCE_COLUMNS = ("model", "title_tokens", "generation_s", "letters_s", "titl
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(description=str(__doc__).split("\n\n")[0])
-    parser.add_argument("--experiment_root", default="experiments")
+    parser.add_argument("--experiment_root", default="experiments", help="folder of all runs")
     parser.add_argument(
         "--compare",
         nargs=2,
@@ -113,7 +113,7 @@ def read_inference(path: Path) -> list[dict[str, Any]]:
 
 
 def load_datasets(runs: Sequence[Run]) -> dict[str, SequenceDataset]:
-    """The data sets of the runs by code, as far as they are on this machine."""
+    """The data sets of the runs by code, except for those that cannot be loaded."""
     found: dict[str, SequenceDataset] = {}
     for run in runs:
         if run.dataset in found:

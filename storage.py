@@ -24,13 +24,13 @@ os.umask(_UMASK)
 # Upper bound on the size of a decompressed file, far above anything the project reads. It protects
 # against small files that would decompress until the disk or memory is full.
 MAX_UNPACKED_BYTES = 4 << 30
-READ_BYTES = 1 << 24  # of a file that is read to its end for its checksum
-# Parts of a zip file: the header before a member's data, the head of a field in it, and the size of
-# the field for members beyond 4 GiB.
+READ_BYTES = 1 << 24  # read at once when only the checksum is needed
+# Parts of a zip file: the header before a member's data, the start of an extra field in it, and the
+# size of the extra field for members beyond 4 GiB.
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 EXTRA_FIELD = struct.Struct("<2H")
 ZIP64_SIZE = 20
-PADDING_ID = 0xD935  # as zipalign names it
+PADDING_ID = 0xD935  # zipalign's id for an extra field of padding
 ALIGNMENT = 64
 
 
@@ -64,7 +64,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def check_regular(path: Path) -> None:
-    """Refuse folders, and pipes, which could be waited for forever; a missing file passes.
+    """Refuse folders, and pipes, which could block forever; a missing file passes.
 
     Raises:
         UserError: ``path`` is one of them.
@@ -105,7 +105,7 @@ def _temporary_path(path: Path) -> Path:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` and rename it to ``path`` if the block succeeds.
+    """Yield a temporary path next to ``path`` and rename it to ``path`` if the block succeeds.
 
     Raises:
         UserError: the file cannot be written.
@@ -148,7 +148,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def remove_temporary_files(folder: Path) -> None:
     """Remove what a killed process left half written; no other process may be writing there.
 
-    safetensors names its own temporary files ``.tmp`` and six letters.
+    The temporary files of safetensors are named ``.tmp`` plus six letters.
     """
     for path in (*folder.glob(".*.tmp"), *folder.glob(".tmp??????")):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -163,7 +163,7 @@ def remove_left_behind(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON; floats keep every digit."""
+    """Write ``value`` as JSON, complete or not at all; floats keep every digit."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
@@ -200,8 +200,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 def write_mappable_arrays(path: Path, **arrays: np.ndarray) -> None:
     """Write an ``.npz`` file for ``map_arrays``, complete or not at all.
 
-    Unlike in numpy's files, each array begins at a multiple of ``ALIGNMENT`` bytes, behind a field
-    of zeros in its member's header.
+    Unlike in numpy's files, each array begins at a multiple of ``ALIGNMENT`` bytes: an extra field
+    of zeros pads the header of its member.
     """
     with (
         atomic_path(path) as temporary,
@@ -218,12 +218,15 @@ def write_mappable_arrays(path: Path, **arrays: np.ndarray) -> None:
 
 
 def map_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Map the arrays of an uncompressed ``.npz`` file, whose pages processes then share.
+    """Map the arrays of an uncompressed ``.npz`` file, so that processes share its pages.
 
-    Use it within ``reading``. The checksums are compared, and unaligned arrays are read.
+    Use it within ``reading``. Checksums are verified. Arrays that are not aligned are copied.
 
     Returns:
         Read-only arrays by name.
+
+    Raises:
+        ValueError: an array cannot be mapped, for example because it is compressed.
     """
     arrays = {}
     with zipfile.ZipFile(path) as zipped, path.open("rb") as raw:

@@ -122,7 +122,7 @@ def read_candidates(config: RankerConfig, data: SequenceDataset) -> dict[str, Ca
     """The retriever's candidates, by split.
 
     Raises:
-        UserError: they are missing, damaged, of other data, or there is nothing to rank.
+        UserError: they are missing, damaged or made from other data, or there is nothing to rank.
     """
     with advice("run train_retriever.py with the same data and --min_* flags"):
         candidates = load_candidates(config.retrieved_dir / CANDIDATES_FILE, data)
@@ -153,7 +153,7 @@ def check_retriever(config: RankerConfig) -> None:
 def run_details(
     config: RankerConfig, data: SequenceDataset, language_model: LanguageModel
 ) -> dict[str, Any]:
-    """Resolved settings and the retriever's, for ``config.json``."""
+    """Resolved settings and those of the retriever, for ``config.json``."""
     details = language_model.details() | {
         "data_code": data.code,
         "data_fingerprint": data.fingerprint,

@@ -65,7 +65,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check_sizes(config: RetrieverConfig, data: SequenceDataset) -> None:
-    """Refuse more candidates or sampled items than there are items."""
+    """Refuse more candidates or sampled items than there are items.
+
+    Raises:
+        UserError: a flag asks for more.
+    """
     for name in ("num_candidates", "negatives"):
         size = getattr(config, name)
         if size is not None and size > data.num_items:
@@ -73,7 +77,11 @@ def check_sizes(config: RetrieverConfig, data: SequenceDataset) -> None:
 
 
 def read_augmented(config: RetrieverConfig, data: SequenceDataset) -> Interactions | None:
-    """The generated interactions that the flags name."""
+    """The generated interactions that the flags name, or None.
+
+    Raises:
+        UserError: they are missing, damaged or belong to other data.
+    """
     if config.augmented is None:
         return None
     with (
@@ -84,7 +92,7 @@ def read_augmented(config: RetrieverConfig, data: SequenceDataset) -> Interactio
 
 
 def fingerprint_inputs(config: RetrieverConfig, augmented: Interactions | None) -> list[bytes]:
-    """What determines the results beside settings and data."""
+    """What determines the results in addition to settings and data."""
     inputs = [augmented.fingerprint().encode()] if augmented else []
     if Path(config.title_encoder).is_dir():  # its content can change under its name
         inputs.append(content_hash(Path(config.title_encoder)).encode())
@@ -92,12 +100,12 @@ def fingerprint_inputs(config: RetrieverConfig, augmented: Interactions | None) 
 
 
 def note_repeated_targets(config: RetrieverConfig, data: SequenceDataset) -> None:
-    """Point out targets that cannot be recommended, as they are in the user's history."""
+    """Point out targets that cannot be recommended because they are in the user's history."""
     repeated = data.num_repeated_targets()
     if repeated and config.excludes_history:
         print(
             f"note: {repeated:,} of {data.num_users:,} test targets are also in the user's "
-            "history, which is excluded from ranking: --mask_history never includes it",
+            "history, which is excluded from ranking; to rank it too, set --mask_history never",
             file=sys.stderr,
         )
 

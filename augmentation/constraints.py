@@ -1,22 +1,22 @@
 """Constrained decoding: only new items of the catalogue can be sampled.
 
-Let C be the token sequences of the items as they begin a text, and D those behind another item. A
+Let C be the token sequences of the items at the start of a text, and D those after another item. A
 text has the form c d_1 ... d_n EOS with c in C and each d_i in D, and lists no item twice. The
 tokens allowed next are edges of prefix trees of C and D. In a tree, a node stands for the first
-tokens of the current item, and after token t, node v leads to
+tokens of the current item. From node v, token t leads to
 
 - its own child along t: the current item continues;
 - the child of D's root along t, if v is a complete item: the next item begins;
 - the end, if v is a complete item and t is EOS.
 
 This is deterministic if and only if no complete item has a child along a token that also begins an
-item of D. Then a text has one parse only, and the tokens allowed next are the outgoing edges of a
-single node. Otherwise a text can be ambiguous: with C = D = {5, 55} and a token per digit, "5 5"
-could be item 55 or item 5 twice. Such tokenizers are refused. With the usual ones the first token
-of a number contains the space before it, and no other does.
+item of D. Then a text has only one parse, and the current node alone determines the tokens allowed
+next. Otherwise a text can be ambiguous: with C = D = {5, 55} and a token per digit, "5 5" could be
+item 55 or item 5 twice. Such tokenizers are refused. With common tokenizers, the first token of a
+number contains the space before it, and no other token does.
 
-Some items are barred for a text: those that its user has, and those that it lists already. An edge
-is closed if all items below it are barred.
+Some items are barred for a text: those in its user's history, and those that it already lists. An
+edge is closed if all items below it are barred.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ class Catalogue:
     Args:
         first_items: token ids (length,) of each item at the start of a text; item 0 stands for
             padding and is skipped.
-        later_items: the same behind another item.
+        later_items: token ids of each item after another one.
         eos_id: end-of-sequence token.
 
     Attributes:
-        children: the child by token of each node; the tree of the first items begins at ``ROOT``.
-        later_root: where the tree of the later items begins.
-        items: the item that is complete at a node.
+        children: child by token, for each node; the tree of the first items begins at ``ROOT``.
+        later_root: root of the tree of the later items.
+        items: item by the node at which it is complete.
         sizes: number of items at or below each node.
-        tokens: (C,) int64, all tokens of a text in ascending order, EOS among them.
+        tokens: (C,) int64, all tokens that texts can have in ascending order, EOS among them.
 
     Raises:
         InputError: the tokens do not show where an item ends.
@@ -92,16 +92,16 @@ class Catalogue:
         self._paths[item].append(node)
 
     def path(self, item: int) -> list[int]:
-        """The nodes at and above an item, in both trees."""
+        """The nodes on the paths to an item, in both trees."""
         return self._paths[item]
 
 
 class ItemText:
-    """A text of items while it is written.
+    """A list of items while its text is written.
 
     Args:
         catalogue: the trees.
-        barred: items that the text cannot list, besides those that it lists already.
+        barred: items that the text cannot list, in addition to those that it already lists.
 
     Attributes:
         tokens: the text so far, without EOS.
@@ -115,7 +115,7 @@ class ItemText:
         self._node = ROOT
         self._completed = 0  # the item that would end here, if any
         self._barred: set[int] = set()
-        self._barred_below: Counter[int] = Counter()  # by node, or at it
+        self._barred_below: Counter[int] = Counter()  # barred items at or below each node
         for item in barred:
             self._bar(item)
 
@@ -135,7 +135,7 @@ class ItemText:
         child = self.catalogue.children[self._node].get(token)
         if child is None:
             child = self.catalogue.children[self.catalogue.later_root][token]
-        elif self._completed:  # part of a longer number
+        elif self._completed:  # it turns out to be part of a longer number
             self._bar(self._completed, -1)
         self._node = child
         self._completed = self.catalogue.items.get(child, 0)

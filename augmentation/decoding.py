@@ -1,15 +1,15 @@
-"""Constrained decoding of several texts at once: item numbers only, from the prompt to the end.
+"""Constrained decoding of several texts at once, of item numbers only.
 
-What differs from generation by transformers, and saves time:
+It saves time in comparison with ``generate`` of transformers:
 
 - Prompts are read one by one. Without padding they need no mask, and causality halves attention.
-- The output layer computes the logits of the catalogue's tokens alone, so that temperature, top-k
-  and top-p see tens or hundreds of tokens instead of the whole vocabulary.
+- The output layer computes only the logits of the catalogue's tokens, so that temperature, top-k
+  and top-p act on tens or hundreds of tokens instead of the whole vocabulary.
 - Keys and values are written into memory that has room for the whole response, and those of texts
   that have ended are dropped.
 
-Each text has its own random numbers. It does not depend on the texts that are decoded beside it,
-except for rounding.
+Each text has its own random numbers, so that, except for rounding, it does not depend on the other
+texts in its batch.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from model.cpu_attention import NAME as CPU_ATTENTION
 from model.language_model import base_causal_lm, free_bytes
 from model.verbalizer import token_logits
 
-KEPT_SHARE = 0.75  # once this share of the texts or less goes on, the others are dropped
-CUDA_SHARE = 0.5  # of the free memory for keys and values; prompts are read in the rest
+KEPT_SHARE = 0.75  # ended texts are dropped once at most this share of the texts is unfinished
+CUDA_SHARE = 0.5  # of the free memory for keys and values; reading prompts needs the rest
 CPU_BYTES = 2 << 30  # fixed: rounding must not depend on what else the machine does
 
 
@@ -38,8 +38,8 @@ class RoomyLayer(DynamicLayer):
     """Keys and values of one layer, padded on the left, with room for more tokens on the right.
 
     Args:
-        keys: (1, G, L, D) by text, each with its own L.
-        values: the same for the values.
+        keys: (1, G, L, D) keys of each text; L differs between texts.
+        values: (1, G, L, D) values of each text.
         room: number of further tokens.
         key_dtype: dtype in which the keys are kept.
     """
@@ -69,9 +69,9 @@ class RoomyLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write keys and values (B, G, 1, D), and return those of all positions, empty ones too.
+        """Write keys and values (B, G, 1, D), and return those of all positions.
 
-        All are returned because a part would not be contiguous.
+        These include empty positions, because a part of the memory would not be contiguous.
         """
         assert self.keys is not None and self.values is not None
         self.keys[:, :, self.length] = key_states[:, :, 0]
@@ -90,7 +90,7 @@ class RoomyLayer(DynamicLayer):
 
 
 def fitting_tokens(model: nn.Module) -> int:
-    """Tokens whose keys and values fit in memory: half of what is free on CUDA, else 2 GiB."""
+    """Number of tokens whose keys and values fit in half of the free memory on CUDA, else 2 GiB."""
     causal_lm = base_causal_lm(model)
     config, on_cuda = causal_lm.config, causal_lm.device.type == "cuda"
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -123,7 +123,7 @@ def read(causal_lm: Any, prompts: Sequence[Tensor], room: int) -> tuple[Tensor, 
         hidden.append(_hidden(causal_lm, prompt, None, None, cache))
         caches.append(cache)
     layers: list[Any] = []
-    while caches[0].layers:  # layer by layer, so that no memory is needed twice
+    while caches[0].layers:  # layer by layer, so that only one layer is in memory twice
         same: list[Any] = [cache.layers.pop() for cache in caches]
         keys, values = [x.keys for x in same], [x.values for x in same]
         layers.append(RoomyLayer(keys, values, room, key_dtype(causal_lm)))
@@ -133,7 +133,10 @@ def read(causal_lm: Any, prompts: Sequence[Tensor], room: int) -> tuple[Tensor, 
 def _hidden(
     causal_lm: Any, input_ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Cache
 ) -> Tensor:
-    """The hidden state (B, D) of the last tokens. The cache has another name in each version."""
+    """The hidden state (B, D) of the last tokens.
+
+    Arguments are positional because the cache's name differs between versions of transformers.
+    """
     output = causal_lm.base_model(input_ids, mask, positions, cache, use_cache=True)
     hidden: Tensor = output.last_hidden_state[:, -1]
     return hidden
@@ -149,16 +152,16 @@ def decode(
     top_p: float,
     top_k: int,
 ) -> None:
-    """Write texts behind their prompts, until all have ended or are as long as ``uniforms``.
+    """Write texts after their prompts, until all have ended or have T tokens.
 
     Args:
         model: causal language model, with or without adapters.
         prompts: token ids (length,) of each prompt.
-        texts: the texts, of the same catalogue, nothing written yet.
+        texts: the B texts, of one catalogue and still empty; they are written in place.
         uniforms: (B, T) a random number from 0 to 1 for each text and token.
         temperature: softmax temperature.
         top_p: probability mass of nucleus sampling.
-        top_k: most tokens to sample from; 0 for no limit.
+        top_k: number of tokens to sample from; 0 for no limit.
     """
     causal_lm, catalogue = base_causal_lm(model), texts[0].catalogue
     device, max_tokens = causal_lm.device, uniforms.shape[1]
@@ -203,7 +206,7 @@ def decode(
 
 
 def allowed_tokens(texts: Sequence[ItemText], columns: Mapping[int, int]) -> np.ndarray:
-    """Which tokens can follow each text; EOS alone behind one that has ended.
+    """Which tokens can follow each text; only EOS if the text has ended.
 
     Args:
         texts: the texts.
@@ -228,11 +231,10 @@ def sample(
     top_p: float,
     top_k: int,
 ) -> Tensor:
-    """Draw from the most likely of the allowed tokens, in the way of transformers.
+    """Draw from the most likely of the allowed tokens, as transformers does.
 
-    The ``top_k`` most likely tokens are kept, and of these the fewest whose probabilities, given
-    that it is one of them, add up to ``top_p``. Of equally likely tokens the first counts as more
-    likely.
+    The ``top_k`` most likely tokens are kept. Their probabilities are renormalized, and the fewest
+    that add up to ``top_p`` are kept. Of equally likely tokens, the first counts as more likely.
 
     Args:
         logits: (B, C).
@@ -243,7 +245,7 @@ def sample(
         top_k: number of tokens; 0 for no limit.
 
     Returns:
-        (B,) indices of the tokens.
+        (B,) column of the token drawn in each row.
     """
     scores = (logits.double() / temperature).masked_fill(~allowed, -torch.inf)
     scores, order = scores.sort(descending=True, stable=True)

@@ -21,7 +21,7 @@ MISSING = {
 
 
 def _sequences(data: SequenceDataset) -> Iterator[tuple[int, np.ndarray]]:
-    """Users and all their items (l,) in chronological order, the two held-out ones last."""
+    """Each user with all items (l,) in chronological order, the two held-out ones last."""
     for user in range(data.num_users):
         yield user, data.item_ids[data.offsets[user] : data.offsets[user + 1]]
 
@@ -32,12 +32,12 @@ def _write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def _field(text: str) -> str:
-    """Text as a field of a tab-separated file, without double quotes, which would quote it."""
+    """Text as a field of a tab-separated file, with single quotes in place of double ones."""
     return " ".join(text.replace('"', "'").split())
 
 
 def _identifiers(names: Sequence[str]) -> list[str]:
-    """Names as fields, or numbers from 1 if fields coincide or would be read as missing."""
+    """Names as fields, or numbers from 1 if any coincide or would be read as missing."""
     fields = [_field(name) for name in names]
     if len(set(fields)) == len(fields) and MISSING.isdisjoint(fields):
         return fields
@@ -53,8 +53,8 @@ def export(data: SequenceDataset, folder: Path, name: str) -> None:
     - ``selfrec/train.txt`` and ``test.txt``, one interaction ``user item 1`` per line, and
       ``sequences_train.txt`` and ``sequences_test.txt``, one user ``user:item item ...`` per line,
       with user indices from 0 and item ids from 1. The test part is the last item; the validation
-      item is in neither. SELFRec takes the former for its graph models and the latter for its
-      sequential ones.
+      item is in neither. SELFRec's graph models read the first two files, its sequential models
+      the other two.
     - ``openp5/<name>/user_sequence.txt``, one user ``user item item ...`` per line, with the same
       numbers. OpenP5 holds out the last two items itself.
 
@@ -73,8 +73,8 @@ def export(data: SequenceDataset, folder: Path, name: str) -> None:
 
 
 def export_merged(data: SequenceDataset, interactions: Interactions, run_dir: Path) -> None:
-    """Write the exports of a run: the data set with the interactions before the real ones."""
-    # Not the plain code: RecBole downloads data of its own when asked for ml-100k.
+    """Write the exports of a run: the data set, generated interactions before the real ones."""
+    # The suffix matters: RecBole downloads its own data when asked for ml-100k.
     export(merge(data, interactions, "before"), run_dir / EXPORTS, f"{data.code}-augmented")
 
 

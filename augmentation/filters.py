@@ -19,7 +19,7 @@ from evaluation.retrieval import rank_interactions
 from model.registry import load_retriever
 
 BATCH_SIZE = 256
-# Why a number is dropped, in the order of the filters; "had": the user's history contains it.
+# Why a word is dropped, in the order of the filters; "had": the user's history contains the item.
 REASONS = ("cut", "malformed", "unknown", "had", "repeated", "implausible")
 _SEPARATORS = re.compile(r"[\s,;]+")
 _NUMBER = re.compile(r"[1-9][0-9]{0,9}")
@@ -37,10 +37,9 @@ def parse_items(
 
     Returns:
         The items of the catalogue in the order of the text, repeats included, and the number of
-        dropped words by reason: ``cut``, the last word of a text that the model did not end, as it
-        may be part of a number; ``malformed``, not the prefix and a whole number without leading
-        zeros;
-        ``unknown``, the number of no item.
+        dropped words by reason: ``cut``, the last word of a text that the model did not end, which
+        may be part of a number; ``malformed``, anything but the prefix and a whole number without
+        leading zeros; ``unknown``, a number above ``num_items``.
     """
     words = [word for word in _SEPARATORS.split(generated.text) if word]
     dropped: Counter[str] = Counter()
@@ -62,10 +61,10 @@ def parse_items(
 def extract_interactions(
     texts: dict[int, GeneratedText], data: SequenceDataset, prefix: str = ""
 ) -> tuple[Interactions, Counter[str]]:
-    """Interactions of users with items that are new to them.
+    """Extract each user's interactions with items that are not in the training history.
 
-    Held-out items are never read: an item of the user's validation or test part is kept, as the
-    filter must not tell which items are held out.
+    Held-out items are never read: a generated item that is the user's validation or test item is
+    kept, since the filter must not reveal which items are held out.
 
     Args:
         texts: generated texts by user.
@@ -73,8 +72,8 @@ def extract_interactions(
         prefix: see ``parse_items``.
 
     Returns:
-        The interactions, and the number of dropped words by reason: see ``parse_items``, ``had``,
-        in the user's training history, and ``repeated``, earlier in the same text.
+        The interactions, and the number of dropped words by reason: those of ``parse_items``;
+        ``had``, in the user's training history; and ``repeated``, earlier in the same text.
     """
     users: list[int] = []
     new_items: list[int] = []

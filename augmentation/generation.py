@@ -76,7 +76,7 @@ def generate(
 ) -> dict[int, GeneratedText]:
     """Sample a text for each user; several processes share the batches.
 
-    Each batch has its own random seed, or with ``constrained`` each user, so that an interrupted
+    Each batch, or with ``constrained`` each user, has its own random seed, so that an interrupted
     run resumes to the same texts. The file is also written on an exception.
 
     Args:
@@ -85,20 +85,20 @@ def generate(
         batches: prompts of all users.
         texts: texts generated so far; batches whose users all have one are skipped.
         path: file of the texts.
-        constrained: whether only items of the catalogue can be sampled that the user's training
-            history does not contain, each once.
+        constrained: whether to sample only items of the catalogue that are not in the user's
+            training history, each at most once.
         temperature: softmax temperature.
         top_p: probability mass of nucleus sampling.
-        top_k: most tokens to sample from; 0 for no limit.
+        top_k: number of tokens to sample from; 0 for no limit.
         seed: random seed.
-        save_seconds: time between two writes of the file.
+        save_seconds: minimum time between two writes of the file.
         if_out_of_memory: advice in the error message when GPU memory is exhausted.
 
     Returns:
         Texts of all users.
 
     Raises:
-        ArgumentError: ``constrained``, with a tokenizer that makes item numbers ambiguous.
+        ArgumentError: ``constrained`` is set, and the tokenizer makes item numbers ambiguous.
         UserError: the GPU is out of memory, or the file cannot be written.
     """
     catalogue = build_catalogue(prompts) if constrained else None
@@ -139,10 +139,10 @@ def generate(
 
 
 def build_catalogue(prompts: IdPrompts) -> Catalogue:
-    """Build the automaton of the items' tokens.
+    """Build the prefix trees of the items' tokens.
 
     Raises:
-        ArgumentError: ``constrained``, with a tokenizer that makes item numbers ambiguous.
+        ArgumentError: the tokenizer makes item numbers ambiguous; names ``constrained``.
     """
     try:
         return Catalogue(prompts.first_items, prompts.later_items, prompts.eos_id)
@@ -160,7 +160,7 @@ def constrained_texts(
     seed: int,
     **options: Any,
 ) -> dict[int, GeneratedText]:
-    """Texts of some users, of new items only; ``options`` are those of ``decode``."""
+    """Sample texts of new items for some users; ``options`` are those of ``decode``."""
     texts = [ItemText(catalogue, batches.histories[user]) for user in users]
     size = prompts.max_response_len
     uniforms = np.stack([np.random.default_rng([seed, user]).random(size) for user in users])
@@ -182,7 +182,7 @@ def _sample_batch(
     top_p: float,
     top_k: int,
 ) -> dict[int, GeneratedText]:
-    """Texts of one batch by user, of any tokens."""
+    """Sample texts of any tokens for the users of a batch."""
     prompt_length = batch["input_ids"].shape[1]
     torch.manual_seed(seed)
     output = model.generate(

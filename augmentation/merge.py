@@ -1,4 +1,4 @@
-"""The file of generated interactions, and data sets with them in their training part.
+"""The file of generated interactions, and merging them into the training part of a data set.
 
 ``augmented.npz`` holds ``users`` (n,) int32 from 0 in ascending order, ``items`` (n,) int32 from 1
 in the order of generation for each user, and the ``fingerprint`` of the data set they belong to,

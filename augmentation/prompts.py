@@ -37,15 +37,15 @@ class IdPrompts:
         num_users: number of users.
         num_items: number of items in the catalogue.
         eos_id: end-of-sequence token, which ends a response.
-        max_text_len: maximum tokens of a prompt and its response; the oldest items of the history
-            are left out.
-        max_response_len: maximum tokens of a response, including its end; its last items are left
-            out.
+        max_text_len: maximum number of tokens in a prompt and its response; if it is exceeded, the
+            oldest items of the history are left out.
+        max_response_len: maximum number of tokens in a response, including its end; if it is
+            exceeded, its last items are left out.
 
     Attributes:
         first_items: token ids (length,) of each item at the start of a response; item 0 stands for
             padding and has none.
-        later_items: the same behind another item.
+        later_items: token ids (length,) of each item after another one.
         prefix: what precedes the number of an item.
     """
 
@@ -66,7 +66,7 @@ class IdPrompts:
         self._encode_numbers(num_users, num_items)
 
     def _encode_numbers(self, num_users: int, num_items: int) -> None:
-        """Tokenize what prompts and responses consist of."""
+        """Tokenize the pieces of prompts and responses."""
         tokenizer, users = self.tokenizer, range(1, num_users + 1)
         encodings = tokenizer.encode_batch([_HISTORY.format(user=user) for user in users])
         self._heads = [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
@@ -96,12 +96,12 @@ class IdPrompts:
     def encode_example(
         self, user: int, history: Sequence[int] | np.ndarray, items: Sequence[int] | np.ndarray
     ) -> tuple[np.ndarray, int]:
-        """Token ids (length,) int64 of a prompt with its response, and the tokens of the latter."""
+        """Token ids (length,) int64 of prompt and response, and the number of response tokens."""
         response = self.encode_response(items)
         return np.append(self.encode(user, history), response), len(response)
 
     def _fitting(self, items: Iterable[int], room: int) -> list[np.ndarray]:
-        """Token ids of the first items that fit in ``room`` tokens, and of one item at least."""
+        """Token ids of the first items that fit in ``room`` tokens, but of at least one item."""
         pieces: list[np.ndarray] = []
         for item in items:
             room -= len(self.items[item])
@@ -117,19 +117,19 @@ class IdPrompts:
 
 
 class PublishedPrompts(IdPrompts):
-    """Prompts and responses as LLM4IDRec's code words, tokenizes and cuts them.
+    """Prompts and responses worded, tokenized and cut as in LLM4IDRec's code.
 
     Given the user(u17)'s clicked list items:i12,i55,i98, predict ... to the user(u17). ...
 
-    The response is ``i77,i3``. Whatever exceeds ``max_text_len`` is cut on the right, without
-    regard to numbers: the end of the response or, of a long history, that of the prompt as well.
-    Generated tokens do not count. The arguments are those of ``IdPrompts``.
+    The response is ``i77,i3``. Whatever exceeds ``max_text_len`` is cut on the right, even within a
+    number: the end of the response and, if the history is long, the end of the prompt too.
+    Generated tokens do not count towards the limit. The arguments are those of ``IdPrompts``.
     """
 
     prefix = "i"
 
     def _encode_numbers(self, num_users: int, num_items: int) -> None:
-        """Tokenize the items; prompts are tokenized as a whole."""
+        """Tokenize the items; each prompt is tokenized as a whole."""
         names = [f"i{n}" for n in range(1, num_items + 1)]
         self.first_items = [np.zeros(0, np.int64), *map(self._encode_response_text, names)]
         pieces = ["", *(f",{name}" for name in names)]
@@ -147,9 +147,9 @@ class PublishedPrompts(IdPrompts):
     def encode_example(
         self, user: int, history: Sequence[int] | np.ndarray, items: Sequence[int] | np.ndarray
     ) -> tuple[np.ndarray, int]:
-        """Token ids (length,) int64 of a prompt with its response, and the tokens of the latter.
+        """Token ids (length,) int64 of prompt and response, and the number of response tokens.
 
-        At least one token counts as the response's, even if all of them are cut.
+        The number is at least 1, even if the whole response is cut.
         """
         prompt = self.encode(user, history)
         tokens = np.append(prompt, self.encode_response(items))[: self.max_text_len]
@@ -176,24 +176,23 @@ def training_history(data: SequenceDataset, user: int) -> np.ndarray:
 
 
 class TrainingExamples(Dataset):
-    """Prompts with some of a user's training items and responses with later ones.
+    """Prompts with some of a user's training items, and responses with further ones.
 
     In each epoch a user has *global* examples, the entire training history split at a random
     position, and *local* examples, a random subset of the history split in half. An example depends
-    only on the seed and its number; numbers continue from epoch to epoch, so that each epoch draws
-    new examples.
+    only on the seed and its number. Numbers continue from epoch to epoch, so each epoch draws new
+    examples.
 
     Args:
-        data: the data set; users with too few training items for a history of one item and
-            ``min_targets`` are skipped.
+        data: the data set; users with ``min_targets`` training items or fewer are skipped.
         prompts: the prompt builder.
         global_examples: global examples per user and epoch.
         local_examples: local examples per user and epoch.
-        local_items: items of a local example.
-        min_targets: fewest items in the response of a global example.
+        local_items: maximum number of items in a local example.
+        min_targets: minimum number of items in the response of a global example.
         in_order: keep the items in chronological order; they are shuffled otherwise.
         on_inputs: whether the loss covers the prompt as well as the response.
-        limits: how large the micro-batches get.
+        limits: limits on the micro-batches.
         seed: random seed.
     """
 
@@ -261,14 +260,14 @@ class GenerationPrompts:
     Args:
         data: the data set.
         prompts: the prompt builder.
-        batch_size: most users in a batch; the last batch may be smaller.
-        max_tokens: most tokens in a batch, with padding and responses, or None; a prompt that is
-            longer forms a batch of its own.
+        batch_size: maximum number of users in a batch.
+        max_tokens: maximum number of tokens in a batch, with padding and responses, or None; a user
+            who needs more forms a batch alone.
 
     Attributes:
-        histories: training items (h,) by user.
-        prompts: token ids (length,) by user.
-        batches: users (B,) by batch, the longest prompts first.
+        histories: training items (h,) of each user.
+        prompts: token ids (length,) of each user's prompt.
+        batches: users (B,) of each batch, the longest prompts first.
     """
 
     def __init__(

@@ -118,8 +118,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--per_user", type=int, help="most items per user; no limit if absent")
     parser.add_argument("--shortest", type=float, default=1.0, help="share of the users")
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--data_root", help="folder of raw data, unless that of the run")
-    parser.add_argument("--cache_root", help="folder of preprocessed data, unless that of the run")
+    parser.add_argument("--data_root", help="folder of raw data; the run's if not given")
+    parser.add_argument("--cache_root", help="folder of preprocessed data; the run's if not given")
     flags = parser.parse_args(argv)
     if (flags.kind == "retriever") != (flags.retriever is not None):
         raise UserError("--retriever belongs to --kind retriever: give both or neither")

@@ -183,7 +183,7 @@ class Training(ABC):
         )
 
     def limits(self, work: Work) -> BatchLimits:
-        """How large micro-batches get."""
+        """Limits on the micro-batches."""
         return BatchLimits(
             work.batch_size,
             self.max_tokens,

@@ -1,7 +1,7 @@
 """The retriever's candidates on disk, the interface between the two stages.
 
-``candidates.npz`` holds these arrays for each of the splits ``val`` and ``test``, prefixed with the
-split's name and an underscore, and the ``fingerprint`` of the data set:
+``candidates.npz`` holds the ``fingerprint`` of the data set and, for each of the splits ``val`` and
+``test``, these arrays, prefixed with the split's name and an underscore:
 
 =============== ============ ======= ============================================================
 name            shape        type    values
@@ -51,6 +51,9 @@ def save_candidates(path: Path, splits: dict[str, Candidates], fingerprint: str)
         path: the file.
         splits: candidates by split.
         fingerprint: fingerprint of the data set.
+
+    Raises:
+        UserError: the file cannot be written.
     """
     arrays = {
         f"{split}_{name}": array

@@ -1,13 +1,13 @@
 """Batches for a language model that chooses titles branch by branch, guided by a retriever.
 
 At each fork of the prefix tree (``dataloader.title_trie``) on the path to a title, the options are
-the fork's branches. A batch has, beside those of ``dataloader.title_batches``,
+the fork's branches. In addition to the inputs of ``dataloader.title_batches``, a batch has
 
-- ``fork_sources`` (M,): flat index of the position that predicts the token after the fork;
-- ``option_forks``, ``option_tokens`` (P,): fork of each option, and its token as an index into
-  ``TitleTrie.tokens``;
+- ``fork_sources`` (M,): flat index of the position that predicts the token after each fork;
+- ``option_forks``, ``option_tokens`` (P,): fork of each option, from 0 to M - 1, and its token as
+  an index into ``TitleTrie.tokens``;
 - ``option_priors`` (P,) float32: log of the retriever's probability of the option's items;
-- ``chosen`` (T,): the options on the paths.
+- ``chosen`` (T,): indices of the options on the paths to the titles.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def fork_options(
     sources: np.ndarray,
     branches: np.ndarray,
 ) -> Arrays:
-    """Collect the options at the forks where branches were taken; see the module's docstring.
+    """Collect the options at the forks where branches were taken.
 
     Args:
         trie: the titles.
@@ -43,6 +43,9 @@ def fork_options(
         rows: (T,) row of ``cumulative`` of each branch.
         sources: (T,) flat index of the position that predicts the branch. It determines the row.
         branches: (T,) the branches.
+
+    Returns:
+        The five arrays of the module's docstring by name.
     """
     keys = np.stack([sources, trie.forks[branches], rows])
     (fork_sources, forks, fork_rows), fork_of = np.unique(keys, axis=1, return_inverse=True)
@@ -63,7 +66,7 @@ def fork_options(
 class GuidedDocuments(TitleDocuments):
     """Documents whose titles are chosen branch by branch.
 
-    A user's first item is context alone, since nothing precedes it.
+    A user's first item serves only as context, since the retriever has no history before it.
 
     Args:
         data: the data set.
@@ -71,8 +74,8 @@ class GuidedDocuments(TitleDocuments):
         limits: further arguments of ``TitleDocuments``.
 
     Attributes:
-        prior: the retriever's probabilities before each interaction that can be a target; to be set
-            before batches are built.
+        prior: the retriever's probabilities before each interaction that can be a target; set it
+            before building batches.
     """
 
     prior: RetrieverPrior
@@ -107,7 +110,7 @@ class GuidedDocuments(TitleDocuments):
         histories = [self.item_ids[start:target] for start, target in zip(starts, targets)]
         probabilities = self.prior.probabilities(targets, histories, items)
         cumulative = self.trie.cumulative(probabilities)
-        # Each target's line begins behind its document's context and the targets before it.
+        # Each target's line begins after its document's context and the targets before it.
         sizes = np.array([len(self.prompts.lines[item]) for item in items])
         before = np.cumsum(sizes) - sizes
         first = np.cumsum(counts) - counts  # each document's first target
@@ -129,11 +132,11 @@ class GuidedDocuments(TitleDocuments):
 class GuidedCandidates(CandidateTitles):
     """The candidates of each user as branches of the history, up to their last forks.
 
-    The tokens behind a title's last fork are certain and need not be scored.
+    The tokens after a title's last fork are certain and need not be scored.
 
     Args:
         args, options: arguments of ``CandidateTitles``.
-        prior: the retriever's probabilities after each user's history, by user.
+        prior: the retriever's probabilities after each user's history; its keys are users.
     """
 
     def __init__(self, *args: Any, prior: RetrieverPrior, **options: Any) -> None:

@@ -11,8 +11,8 @@ r"""The ranking prompt as text and as token ids (LlamaRec, section 3.2.2).
     ### Response:
     A
 
-The titles of a data set occur in prompts over and over. Each is tokenized once, and a prompt is a
-concatenation of token ids, for a history h of m items and k candidates c::
+The same titles occur in prompts over and over. Each is tokenized once, and prompts are concatenated
+from token ids. For a history h of m items and k candidates c::
 
     begin  title(h1) number(2) title(h2) ... number(m) last_in_history(hm)
            title(c1) letter(2) title(c2) ... letter(k) last_candidate(ck)
@@ -49,13 +49,13 @@ _ANCHOR = ")"  # precedes a piece while it is tokenized
 def encode_pieces(
     tokenizer: Tokenizer, pieces: Sequence[str], before: str = _ANCHOR
 ) -> list[np.ndarray]:
-    """Tokenize pieces of a text as they are within it.
+    """Tokenize pieces of a text as they occur within it.
 
     Args:
         tokenizer: tokenizer without padding or truncation.
-        pieces: pieces that no token connects with what precedes them: that start with a space and
-            follow a character other than a space, for example.
-        before: a text that precedes them.
+        pieces: pieces that share no token with what precedes them, for example those that start
+            with a space and follow another character.
+        before: a text that precedes each of them.
 
     Returns:
         (length,) int64 token ids of each piece, without special tokens.
@@ -83,10 +83,10 @@ class PromptBuilder:
         head, between, end: what precedes the history, the candidates, and the response.
         letters: letters of the candidates, in order.
         letter_ids: (num_candidates,) int64, their token ids.
-        titles: titles as cut.
+        titles: titles, cut to ``max_title_len`` tokens.
 
     Raises:
-        ArgumentError: the tokenizer has fewer than ``num_candidates`` letters of one token, or
+        ArgumentError: the tokenizer has fewer than ``num_candidates`` one-token letters, or
             ``max_text_len`` is too small for some prompt with a history of one item.
     """
 

@@ -17,14 +17,14 @@ IGNORE_INDEX = -100  # target of positions that cross-entropy ignores
 
 
 class BatchLimits(NamedTuple):
-    """How large micro-batches get.
+    """Limits on the size of micro-batches.
 
     Attributes:
         max_rows: maximum number of sequences in a micro-batch.
-        max_tokens: maximum number of tokens in a micro-batch, padding included, or None; a sequence
-            that is longer forms a micro-batch of its own.
-        fixed_tokens: what a micro-batch costs besides its tokens, in tokens. It is the padding that
-            a further micro-batch must save.
+        max_tokens: maximum number of tokens in a micro-batch, padding included, or None; a longer
+            sequence forms a micro-batch of its own.
+        fixed_tokens: fixed cost of a micro-batch, expressed in tokens: one more micro-batch pays
+            off if it saves at least this much padding.
         packed: whether prompts reach the model without their padding.
     """
 
@@ -57,7 +57,7 @@ def pad_left(sequences: list[np.ndarray], pad_id: int) -> Batch:
 def sample_negatives(
     rng: np.random.Generator, num_items: int, excluded: np.ndarray, size: int
 ) -> np.ndarray:
-    """Sample distinct items from 1 to ``num_items`` uniformly, without the excluded ones.
+    """Sample distinct items from 1 to ``num_items`` uniformly, except the ``excluded`` ones.
 
     Returns:
         (size,) item ids, or fewer if fewer items are left.
@@ -73,9 +73,9 @@ def micro_batches(
 ) -> list[np.ndarray]:
     """Group sequences into micro-batches at the lowest cost.
 
-    A micro-batch of r sequences, padded to l tokens, costs r l + f, with f the
-    ``fixed_tokens``. Let the lengths be sorted, l[0] >= l[1] >= ..., and let cost[n] be the lowest
-    cost of the first n sequences::
+    A micro-batch of r sequences, padded to l tokens, costs r l + f, where f is ``fixed_tokens``.
+    Let the lengths be sorted, l[0] >= l[1] >= ..., and let cost[n] be the lowest cost of the first
+    n sequences::
 
         cost[0] = 0
         cost[n] = min over s < n of  cost[s] + (n - s) l[s] + f
@@ -87,11 +87,12 @@ def micro_batches(
     All sequences longer than the k-th micro-batch's longest were in earlier micro-batches, so the
     longest sequence that the k-th now gets is no longer: no cost increases, and the limits hold.
 
-    Packed sequences cost their own tokens alone, so that the fewest micro-batches are chosen.
+    Packed sequences cost only their own tokens, so the cheapest grouping has the fewest
+    micro-batches.
 
     Args:
-        lengths: (n,) tokens in each sequence.
-        limits: how large the micro-batches get.
+        lengths: (n,) number of tokens in each sequence.
+        limits: limits on the micro-batches.
         packed: whether the sequences are packed instead of padded.
 
     Returns:
@@ -134,7 +135,7 @@ def training_batches(
         num_targets: (n,) number of tokens at the end of each sequence that are trained on.
         users: (n,) user of each sequence.
         pad_id: token id of the padding.
-        limits: how large the micro-batches get.
+        limits: limits on the micro-batches.
 
     Returns:
         Micro-batches, longest sequences first, with ``input_ids`` and ``attention_mask`` (B, L);
@@ -159,19 +160,19 @@ def training_batches(
 class TrainingPrompts(Dataset):
     """Training prompts: one for each training interaction except each user's first.
 
-    The interaction is the target, the user's earlier ones are the history. The candidates are the
-    target and negatives in random order: first the hard negatives, if given, then items sampled
-    from those that the user has not interacted with before. All random draws depend only on the
-    seed and the number of the example. Numbers continue from epoch to epoch, so that each epoch
-    has new negatives.
+    The interaction is the target, the user's earlier ones are the history. The candidates, in
+    random order, are the target, its hard negatives, if given, and items sampled from those that
+    the user has not interacted with before. All random draws depend only on the seed and the
+    number of the example. Numbers continue from epoch to epoch, so that each epoch has new
+    negatives.
 
     Args:
         data: the data set.
         prompts: builder of the prompts.
         num_negatives: number of candidates in addition to the target.
-        hard_negatives: (examples, k) items that each prompt must contain, padded with 0.
+        hard_negatives: (examples, k) items that each prompt must contain, padded with 0; or None.
         max_history: maximum number of items in the history.
-        limits: how large the micro-batches get.
+        limits: limits on the micro-batches.
         eos_id: id of the token that ends the response, also used as padding.
         on_inputs: whether the loss covers the prompt as well as the response.
         seed: seed of the negatives and of the candidates' order.
@@ -236,7 +237,7 @@ class TrainingPrompts(Dataset):
 
 
 class EvaluationPrompts(Dataset):
-    """Evaluation prompts: the retriever's candidates of each user whose target is among them.
+    """Evaluation prompts: each user's history and the retriever's candidates.
 
     The first prompt of a user has the candidates in the retriever's order, further ones in random
     orders. Users are sorted by the length of their first prompt, so that batches have little
@@ -248,12 +249,13 @@ class EvaluationPrompts(Dataset):
         candidates: candidates of all users in this split.
         prompts: builder of the prompts.
         max_history: maximum number of items in the history.
+        users: (n,) the users; by default those whose target is among their candidates.
         pad_id: token id of the padding.
         permutations: number of prompts per user.
         seed: seed of the random orders.
 
     Attributes:
-        users: (n,) the users, sorted.
+        users: (n,) the users, sorted by the length of their first prompt.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
-"""What a retriever expects after training prefixes and histories, for the ranker to build on.
+"""A retriever's probabilities after training prefixes and histories, which the ranker corrects.
 
-A retriever that was trained on an interaction is too sure of it. The encodings of training prefixes
-therefore come from retrievers that were trained on other users (``recipes.out_of_fold``). This
-module does not import torch.
+A retriever is overconfident about interactions that it was trained on. The encodings of training
+prefixes therefore come from retrievers that were trained on other users (``recipes.out_of_fold``).
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ class ItemScores(NamedTuple):
     """The output layer of a retriever.
 
     Attributes:
-        embeddings: (V + 1, D).
-        bias: (V + 1,).
+        embeddings: (V + 1, D) item embeddings.
+        bias: (V + 1,) item biases.
     """
 
     embeddings: np.ndarray
@@ -28,7 +28,7 @@ class ItemScores(NamedTuple):
 class RetrieverPrior:
     """Probabilities of all items after sequences of interactions.
 
-    A sequence is known by a key: the user, or the index of the interaction that follows it.
+    A sequence is identified by a key: the user, or the index of the interaction that follows it.
 
     Args:
         keys: (n,) ascending keys.
@@ -57,12 +57,13 @@ class RetrieverPrior:
         """Probabilities of all items.
 
         Args:
-            keys: (r,) the sequences.
+            keys: (r,) keys of the sequences.
             histories: items of each sequence.
-            targets: (r,) item of each sequence that is not excluded, or None.
+            targets: (r,) an item per sequence that is kept even if the sequence contains it; or
+                None.
 
         Returns:
-            (r, V + 1) float64, column 0 is 0.
+            (r, V + 1) float64; column 0 and excluded items are 0.
         """
         rows = np.searchsorted(self.keys, keys)
         scores = np.empty((len(rows), len(self.layers[0].bias)))

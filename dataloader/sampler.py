@@ -26,8 +26,8 @@ class ShuffledBatches(Sampler[list[int]]):
         seed: seed of the order of every epoch.
 
     Attributes:
-        total: batches of all epochs together, None if there is no end. Loaders look ahead, and what
-            examples are built from may cover no more than the steps of the run.
+        total: number of batches in all epochs together, or None for no limit. Loaders prefetch, but
+            the data that examples are built from may cover only the steps of the run.
     """
 
     total: int | None = None
@@ -47,7 +47,7 @@ class ShuffledBatches(Sampler[list[int]]):
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_examples)
 
     def first_examples(self, num_batches: int) -> np.ndarray:
-        """Sorted indices of the examples in the first batches of the first epoch."""
+        """(n,) sorted indices of the examples in the first batches of the first epoch."""
         return np.sort(self._order(0)[: num_batches * self.batch_size])
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -62,22 +62,19 @@ class ShuffledBatches(Sampler[list[int]]):
 def training_loader(dataset: Dataset, sampler: ShuffledBatches, num_workers: int) -> DataLoader:
     """Load batches in the sampler's order; the data set builds a whole batch from its numbers.
 
-    Of several processes, each builds a part of every batch.
+    If there are several processes, each builds a part of every batch.
     """
     own = _Share(dataset) if size() > 1 else dataset
     return _loader(own, num_workers, batch_sampler=sampler)
 
 
 def evaluation_loader(dataset: Any, batch_size: int, num_workers: int) -> DataLoader:
-    """Load batches in the data set's own order.
-
-    Of n processes, each loads every n-th batch.
-    """
+    """Load batches in the data set's own order; each of n processes loads every n-th batch."""
     return _loader(dataset, num_workers, batch_sampler=_EveryNthBatch(len(dataset), batch_size))
 
 
 class _Share(Dataset):
-    """This process's part of every training batch: a list of micro-batches, perhaps empty."""
+    """This process's part of every training batch: a list of micro-batches, which may be empty."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -101,8 +98,8 @@ class _EveryNthBatch(Sampler[list[int]]):
 
 
 def _loader(dataset: Dataset, num_workers: int, **batches: Any) -> DataLoader:
-    # A loader draws a seed every time it is iterated. A generator of its own keeps the global one
-    # in the state that a resumed run needs.
+    # A loader draws a seed every time it is iterated. With a generator of its own, it leaves the
+    # global one in the state that a resumed run needs.
     generator = torch.Generator()
     return DataLoader(
         dataset,

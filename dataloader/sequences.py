@@ -1,4 +1,4 @@
-"""Jagged batches of item sequences: training windows, masked windows, histories to rank after.
+"""Jagged batches of item sequences: training windows, masked windows, histories.
 
 A training step is a list of one micro-batch, a dict of
 
@@ -13,7 +13,7 @@ An evaluation batch is a dict of
 - ``examples`` (B,) int64: index of each example in the data set;
 - ``targets`` (B,) int64: the held-out items;
 - ``history_rows`` and ``history_items`` (n,) int64: row and item of every interaction before the
-  target, also of those that the model does not read.
+  target, including those beyond the model's ``max_len``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _Windows(Dataset):
 
     Args:
         data: the data set.
-        max_len: most positions of a window.
+        max_len: maximum number of positions in a window.
         window_stride: the stride as a fraction of ``max_len``.
     """
 
@@ -72,8 +72,8 @@ class TrainingWindows(_Windows):
     """Next-item prediction: each position of a window predicts the item that follows it.
 
     If there is room, a window begins with the start token 0, which predicts the window's first
-    item. As in the published code, where it is padding, the start token is not visible to the
-    positions after it: it is a sequence of its own.
+    item. In the published code, this token is padding and invisible to the positions after it; here
+    it is a sequence of its own for the same effect.
     """
 
     def __getitems__(self, numbers: list[int]) -> list[Batch]:
@@ -98,9 +98,9 @@ class MaskedWindows(_Windows):
 
     Args:
         data: the data set.
-        max_len: most positions of a window.
+        max_len: maximum number of positions in a window.
         window_stride: the stride as a fraction of ``max_len``.
-        mask_prob: fraction of masked items; a window without any has its last item masked.
+        mask_prob: probability that an item is masked; if none is, the window's last item is.
         seed: seed of the masks.
     """
 
@@ -135,7 +135,7 @@ class Histories(Dataset):
     Args:
         data: the data set.
         split: ``val`` or ``test``.
-        max_len: most positions that the model reads.
+        max_len: maximum number of positions that the model reads.
         mask_token: token appended to the history, for a model that predicts a masked item.
     """
 
@@ -173,7 +173,7 @@ class Histories(Dataset):
 
 
 class Prefixes(Histories):
-    """Each training interaction but a user's first, as the target of what precedes it.
+    """Each training interaction except a user's first, as the target of the prefix before it.
 
     Examples are numbered as in ``SequenceDataset.training_prefixes``. See ``Histories`` for the
     arguments.

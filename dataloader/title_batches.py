@@ -12,7 +12,7 @@ history and itself, at the positions that follow the history::
     0 1 2    ...             n-1 | n n+1 ...   | n n+1 ...   |         position ids
     0 0 0    ...               0 | 1 1   ...   | 2 2   ...   |         branches
 
-Both equal a separate text for each title.
+Both give the same result as a separate text for each title.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ class TitleDocuments(Dataset):
     """Windows of the users' training sequences as documents to train on.
 
     A user's first window has up to ``max_history + 1`` titles, all of which are targets. A longer
-    sequence continues in windows of the same size that overlap by half: the titles of the overlap
-    are context alone. A target is thus preceded by ``max_history / 2`` to ``max_history`` titles,
-    or by all there are.
+    sequence continues in windows of the same size that overlap by half; the titles in the overlap
+    serve only as context. A target is thus preceded by ``max_history / 2`` to ``max_history``
+    titles, or by all earlier ones if they are fewer.
 
     Args:
         data: the data set.
         prompts: tokenizes the titles.
-        limits: how large the micro-batches get.
+        limits: limits on the micro-batches.
         pad_id: token id of the padding.
     """
 
@@ -94,7 +94,8 @@ class TitleDocuments(Dataset):
         Returns:
             Micro-batches with ``input_ids`` (B, L), padded on the right; ``sources`` (T,), flat
             indices of the positions that predict a target; ``labels`` (T,), the targets;
-            ``num_targets``, see the method of that name; and ``users``, a list of B.
+            ``num_targets``, their number as the method of that name counts; and ``users``, a list
+            of B.
         """
         indices = np.asarray(numbers) % len(self)
         documents = [self.document(index) for index in indices]
@@ -129,8 +130,11 @@ class TitleDocuments(Dataset):
 
         Args:
             indices: (B,) the documents.
-            documents: their token ids and first targets.
+            documents: token ids and index of the first target of each, see ``document``.
             input_ids: (B, L) padded token ids.
+
+        Returns:
+            Arrays to add to the batch by name, here ``sources`` and ``labels`` (T,).
         """
         is_target = np.zeros(input_ids.shape, dtype=bool)
         for row, (ids, first) in enumerate(documents):
@@ -142,10 +146,10 @@ class TitleDocuments(Dataset):
 def branch_batch(
     histories: Sequence[np.ndarray], branches: Sequence[Sequence[np.ndarray]], pad_id: int
 ) -> Batch:
-    """Put the candidates of each history behind it, as branches.
+    """Put the candidates of each history after it, as branches.
 
-    The branches are sorted by their token ids. So the scores do not depend on the candidates'
-    order, not even by rounding.
+    The branches are sorted by their token ids, so that the candidates' order does not change the
+    scores, not even by rounding.
 
     Args:
         histories: token ids of each history.
@@ -230,7 +234,7 @@ class CandidateTitles(Dataset):
         return len(self.users)
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        """Build a batch; see ``branch_batch``, with ``users`` (B,) besides."""
+        """Build a batch: that of ``branch_batch``, and ``users`` (B,)."""
         users = self.users[indices]
         lines = [[self.prompts.lines[item] for item in self.candidates[user]] for user in users]
         batch = branch_batch([self._history(user) for user in users], lines, self.pad_id)
@@ -257,7 +261,7 @@ class CatalogueTitles(Dataset):
         return len(self.items)
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        """Build a batch; see ``branch_batch``, with ``items`` (B, size) besides."""
+        """Build a batch: that of ``branch_batch``, and ``items`` (B, size)."""
         items = self.items[indices]
         lines = [[self.prompts.lines[item] for item in row] for row in items]
         batch = branch_batch([self.prompts.heading] * len(items), lines, self.pad_id)

@@ -8,11 +8,11 @@ r"""Histories as plain text, for a language model that scores titles by their li
     ...
 
 A title and its line break form a line. The score of a candidate is the log-likelihood of its line
-after those of the history, so it has no letter, and candidates do not see each other.
+after the lines of the history, so it needs no letter, and candidates do not see each other.
 
-Each title is tokenized once. A line is tokenized after a line break, and texts are concatenations
-of the heading and lines. The concatenation equals the token ids of the whole text if no token
-extends across a line break, which holds for the tokenizers of Llama 2 and SmolLM2
+Each line is tokenized once, as it is after a line break, and texts are concatenated from the
+heading and lines. The concatenation equals the token ids of the whole text if no token extends
+across a line break, which holds for the tokenizers of Llama 2 and SmolLM2
 (``tests/dataloader/test_title_prompt.py`` checks it on real titles).
 
 This module does not import torch.
@@ -42,7 +42,7 @@ class TitlePrompts:
     Args:
         tokenizer: tokenizer of the language model; special tokens in titles become plain text.
         titles: title of each item; item 0 is padding.
-        max_history: most recent items that a title is scored after.
+        max_history: maximum number of items in a history; the most recent ones are kept.
         max_title_len: maximum number of tokens in a title; longer titles are cut.
         max_text_len: maximum number of tokens in a history with one more title.
 
@@ -97,7 +97,7 @@ class TitlePrompts:
         return np.concatenate([self.heading, *(self.lines[item] for item in items)])
 
     def text(self, items: Sequence[int] | np.ndarray) -> str:
-        """What the language model reads of a history, as text."""
+        """The text of a history as the language model reads it."""
         text: str = self.tokenizer.decode(
             self.encode_history(items).tolist(), skip_special_tokens=False
         )

@@ -1,8 +1,8 @@
-"""The prefix tree of the titles, and a distribution over items on it.
+"""The prefix tree of the titles, and distributions over items on it.
 
 In the order of their tokens, titles that begin with the same prefix are neighbors, so a node of the
 tree is a range of sorted items. Only *forks* matter, the prefixes that titles continue in more than
-one way. Each way is a *branch*: a token, and the range of the items that go on with it::
+one way. Each way is a *branch*: a token, and the range of the items that continue with it::
 
     sorted items     Metroid   Zelda A   Zelda B
     fork ""          [Metroid] [     Zelda     ]      two branches
@@ -13,7 +13,7 @@ A distribution p over items gives the probability of a branch at its fork,
     p(branch | fork) = p(items of the branch) / p(items of the fork)
 
 and p(title) is the product over the branches on the path to it. A language model has probabilities
-of the same tokens, so that both can be combined token by token (``model.guided_titles``). Decoding
+of the same tokens, so the two can be combined token by token (``model.guided_titles``). Decoding
 on such a tree is due to N. De Cao et al., Autoregressive Entity Retrieval, ICLR 2021
 (https://arxiv.org/abs/2010.00904).
 """
@@ -33,8 +33,8 @@ class TitleTrie:
     """Forks and branches of the titles of a catalogue; see the module's docstring.
 
     Args:
-        lines: token ids of each item's title; ``lines[0]`` is skipped. A line may equal another but
-            not be the beginning of a longer one, as it ends with a line break.
+        lines: token ids of each item's title; ``lines[0]`` is skipped. Lines may be equal, but none
+            may be the beginning of a longer one; a line break at their ends ensures this.
 
     Attributes:
         items: (V,) items, sorted by their lines.
@@ -70,7 +70,7 @@ class TitleTrie:
         """Cumulative sums over the sorted items, from which ``masses`` reads the sum of any range.
 
         Args:
-            probabilities: (n, V + 1) of all items; column 0 is ignored.
+            probabilities: (n, V + 1) probabilities of all items; column 0 is ignored.
 
         Returns:
             (n, V + 1) float64, the first column 0.
@@ -103,7 +103,7 @@ class TitleTrie:
 
 
 def _branches(lines: Sequence[np.ndarray]) -> np.ndarray:
-    """(K, 5) fork, index of the token in the line, token, start and end of all branches.
+    """(K, 5) fork, index of the token in the line, token, start and end of each branch.
 
     Args:
         lines: sorted lines.

@@ -12,14 +12,14 @@ import pandas as pd
 
 
 class Filters(NamedTuple):
-    """Which interactions are kept, and how those of a user at the same time are ordered.
+    """Which interactions are kept, and how a user's simultaneous interactions are ordered.
 
     Attributes:
-        min_rating: lowest rating of an interaction.
+        min_rating: minimum rating of an interaction.
         min_uc: minimum number of interactions per user.
         min_sc: minimum number of interactions per item.
-        ties: order of a user's simultaneous interactions: ``item`` for that of the item numbers,
-            ``file`` for that of the file.
+        ties: order of a user's simultaneous interactions: ``item``, by item number, or ``file``, as
+            in the file.
     """
 
     min_rating: float = 0.0
@@ -32,8 +32,8 @@ class RawData(NamedTuple):
     """Raw interactions and titles of one data set.
 
     Attributes:
-        interactions: columns ``user`` and ``item`` (str, perhaps as categories), ``timestamp`` and
-            ``rating`` (numbers); all ratings are infinite if the data has none.
+        interactions: columns ``user`` and ``item`` (strings or categories of strings),
+            ``timestamp`` and ``rating`` (numbers); all ratings are infinite if the data has none.
         titles: title by item; items without a title are absent.
     """
 
@@ -46,12 +46,13 @@ class RawSource:
     """Where a data set comes from.
 
     Attributes:
-        code: the data set's code; None for one by the first file's name and all files' content.
+        code: the data set's code, or None to derive it from the first file's name and the content
+            of all files.
         files: the raw files that determine the result.
         fetch: downloads the raw files that are missing.
         read: reads the raw files.
-        statistics: numbers of users, items and interactions that the paper reports (Table 2),
-            with the default filters.
+        statistics: numbers of users, items and interactions that the paper reports (Table 2), or
+            None; they are compared with the data under the default filters.
     """
 
     code: str | None
@@ -77,7 +78,7 @@ class SequenceDataset:
         user_names: the users' original identifiers, in order.
         item_names: the items' original identifiers; ``item_names[0]`` is empty.
         fingerprint: hash of sequences and titles; files made from a data set store it.
-        num_tied_targets: users whose test target has the same time as the item before it.
+        num_tied_targets: number of users whose test target has the timestamp of the item before it.
     """
 
     code: str

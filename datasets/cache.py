@@ -23,7 +23,7 @@ from storage import (
 )
 
 CACHE_FORMAT = 4  # increment when preprocessing or the arrays in the file change
-MAX_STEM = 40  # characters of a file's name in a code; four bytes each at most
+MAX_STEM = 40  # characters of a file's name in a code, at most four bytes each
 
 
 def build_cached(source: RawSource, filters: Filters, cache_root: Path) -> SequenceDataset:
@@ -70,7 +70,7 @@ def _hash_files(source: RawSource) -> bytes:
 
 
 def _code_by_content(source: RawSource, content: bytes) -> str:
-    """A code for files of a user, so that those of different content never share a name."""
+    """A code for a user's files that differs whenever their content does."""
     stem = re.sub(r"[^\w.-]", "_", source.files[0].stem)[:MAX_STEM]
     return f"{stem}-{hashlib.sha256(content).hexdigest()[:8]}"
 

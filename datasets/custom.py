@@ -32,7 +32,7 @@ def source(interactions_path: Path, items_path: Path) -> RawSource:
     """A custom data set.
 
     Args:
-        interactions_path: file with user, item, timestamp and perhaps rating.
+        interactions_path: file with user, item, timestamp and optionally rating.
         items_path: file with item and title.
 
     Raises:
@@ -68,14 +68,14 @@ def note_repeated(path: Path, items: pd.DataFrame) -> None:
     repeated = distinct["item"][distinct["item"].duplicated()].unique()
     if len(repeated):
         print(
-            f"note: {path}: {len(repeated):,} items have several titles, of which the last counts; "
+            f"note: {path}: {len(repeated):,} items have several titles, and the last is used; "
             f"the first such item is {repeated[0]}",
             file=sys.stderr,
         )
 
 
 def note_missing(path: Path, items: pd.DataFrame) -> None:
-    """Point out titles that look like missing ones; they count as titles all the same."""
+    """Point out titles that look like missing values; they are used as titles nevertheless."""
     is_missing = items["title"].str.strip().str.lower().isin(MISSING)
     if is_missing.any():
         print(

@@ -51,7 +51,7 @@ def _counts(codes: np.ndarray, counted: np.ndarray) -> np.ndarray:
 
 
 def build(code: str, raw: RawData, filters: Filters) -> SequenceDataset:
-    """Filter raw interactions, number users and items, and sort each user's by time.
+    """Filter raw interactions, number users and items, and sort each user's items by time.
 
     Raises:
         ArgumentError: ``min_rating`` is set, but the data has no ratings.
@@ -61,7 +61,7 @@ def build(code: str, raw: RawData, filters: Filters) -> SequenceDataset:
     users, user_names = _number_names(table["user"])
     items, item_names = _number_names(table["item"])
     timestamps, title_of = table["timestamp"].to_numpy(), raw.titles
-    del table, raw  # gigabytes, if the interactions are many
+    del table, raw  # gigabytes in a large data set
     order = _sorted(users, timestamps, items)
     kept = ~_repeated(users, items, timestamps, order)
     if not kept.all():
@@ -75,7 +75,7 @@ def build(code: str, raw: RawData, filters: Filters) -> SequenceDataset:
     if filters.ties == "file":
         order = _sorted(users, timestamps)
     order = order[kept[order]]
-    # Renumber without gaps; the order of the names stays.
+    # Renumber without gaps, in the same order.
     user_counts = np.bincount(users[order], minlength=len(user_names))
     items = items[order]
     in_core = np.bincount(items, minlength=len(item_names)) > 0
@@ -98,7 +98,7 @@ def build(code: str, raw: RawData, filters: Filters) -> SequenceDataset:
 def _repeated(
     users: np.ndarray, items: np.ndarray, timestamps: np.ndarray, order: np.ndarray
 ) -> np.ndarray:
-    """(n,) bool, true for the interactions that equal the one before them in ``order``."""
+    """(n,) bool, true for each interaction that equals the one before it in ``order``."""
     same = np.ones(max(len(order) - 1, 0), dtype=bool)
     for values in (users, items, timestamps):
         ordered = values[order]
@@ -109,7 +109,7 @@ def _repeated(
 
 
 def _num_tied_targets(timestamps: np.ndarray, offsets: np.ndarray) -> int:
-    """Count the users whose last two interactions have the same time."""
+    """Count the users whose last two interactions have the same timestamp."""
     last = offsets[1:][np.diff(offsets) > 1] - 1
     return int((timestamps[last] == timestamps[last - 1]).sum())
 
@@ -157,7 +157,7 @@ def _number_names(names: pd.Series) -> tuple[np.ndarray, pa.Array]:
 
 
 def _sorted(*keys: np.ndarray | pa.Array) -> np.ndarray:
-    """(n,) indices that sort rows by the keys, the first one foremost; equal rows keep their order.
+    """(n,) indices that sort rows by the first key, then the others; equal rows keep their order.
 
     Text is sorted by code points, as in Python. Unlike numpy's ``lexsort``, this sorts once.
     """

@@ -43,7 +43,7 @@ def find_separator(path: Path) -> str:
 
 
 def has_quotes(path: Path) -> bool:
-    """Whether quotes in a text file enclose a field, and are not part of the text."""
+    """Whether quotes in a text file enclose fields instead of being part of the text."""
     return path.suffix.lower() in QUOTED
 
 
@@ -52,8 +52,8 @@ def read_interactions(
 ) -> pd.DataFrame:
     """Read interactions with the columns ``user``, ``item``, ``timestamp`` and ``rating``.
 
-    Users and items are categories, so that an interaction takes 24 bytes, however long the names.
-    Without a ``rating`` column, all ratings are infinite, so that every interaction is kept.
+    Users and items are categories, so that an interaction takes 24 bytes however long the names
+    are. Without a ``rating`` column, all ratings are infinite, so that every interaction is kept.
 
     Args:
         path: see ``read_columns``.
@@ -104,7 +104,7 @@ class _Names:
             self._unify()
 
     def _unify(self) -> None:
-        """Give codes to the names that wait; those of known names stay."""
+        """Assign codes to the waiting names; known names keep theirs."""
         known = pa.DictionaryArray.from_arrays(pa.array([], pa.int32()), self._known)
         _, *chunks = pa.chunked_array([known, *self._waiting]).unify_dictionaries().chunks
         self._codes += [chunk.indices.to_numpy() for chunk in chunks]
@@ -227,19 +227,21 @@ def find_columns(
 
 
 def are_dates(column: pd.Series) -> bool:
-    """Whether a column of times begins with something else than a number."""
+    """Whether a column of times begins with something other than a number."""
     return bool(pd.to_numeric(column.iloc[:1].astype(object), errors="coerce").isna().any())
 
 
 def to_times(column: pd.Series, path: Path, *, first_row: int, dates: bool) -> np.ndarray:
-    """Convert a column of strings to times: numbers, or dates in ISO 8601 with or without a time
-    zone; other arguments as in ``to_numbers``.
+    """Convert a column of strings to times.
 
     Args:
+        column: numbers, or dates in ISO 8601 with or without a time zone.
+        path: see ``to_numbers``.
+        first_row: see ``to_numbers``.
         dates: whether the values are dates, see ``are_dates``.
 
     Returns:
-        (n,) numbers as they are, or int64 microseconds since 1970.
+        (n,) numbers as they are, or int64 microseconds since 1970 for dates.
 
     Raises:
         UserError: a value is something else.
@@ -309,7 +311,7 @@ def _problems_explained(path: Path) -> Iterator[None]:
 def _text_batches(path: Path, separator: str, header: bool) -> Iterator[pa.RecordBatch]:
     quoted = has_quotes(path)
     options: dict[str, Any] = {
-        # One thread alone counts the rows for messages.
+        # Only with a single thread does pyarrow count rows for its error messages.
         "read_options": csv.ReadOptions(
             use_threads=False, block_size=BLOCK_BYTES, autogenerate_column_names=not header
         ),
@@ -326,7 +328,7 @@ def _text_batches(path: Path, separator: str, header: bool) -> Iterator[pa.Recor
                 last = batch if len(batch) else last
                 yield batch
     except pa.ArrowInvalid as error:
-        with path.open(encoding="utf-8") as file:  # in another encoding, rows look wrong as well
+        with path.open(encoding="utf-8") as file:  # another encoding also makes rows look wrong
             while file.read(BLOCK_BYTES):
                 pass
         raise ValueError(_explained(str(error), quoted)) from error
@@ -375,7 +377,7 @@ def _parquet_batches(path: Path) -> Iterator[pa.RecordBatch]:
 
 
 def _to_text(column: pa.Array) -> pa.Array:
-    """A Parquet file's column as pandas writes its values; nulls are empty."""
+    """A Parquet file's column as text, in pandas' notation; nulls are empty."""
     if column.null_count == 0 and pa.types.is_integer(column.type):
         return column.cast(TEXT)
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):

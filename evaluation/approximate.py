@@ -1,9 +1,9 @@
-"""Candidates from an approximate index, for catalogues that take long to score in full.
+"""Candidates from an approximate index, for catalogues that are slow to score in full.
 
 A score is the inner product of an encoding and an item's embedding, plus a bias: the inner product
 of (encoding, 1) and (embedding, bias). The index, an inverted file of faiss, clusters the items and
-scores those of the clusters whose centers have the largest inner products with the encoding. What
-it finds has the exact scores; what lies in other clusters is missed.
+scores only the clusters whose centers have the largest inner products with the encoding. The items
+it finds have their exact scores; items in other clusters are missed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from evaluation.sweep import sweep
 from model.base import Retriever
 
 LISTS_PER_ROOT = 4  # clusters per square root of the number of items, as faiss advises
-SEARCHED_SHARE = 8  # one cluster in so many is searched
+SEARCHED_SHARE = 8  # one in this many clusters is searched
 MAX_TRAINING_POINTS = 64  # per cluster; more hardly move the centers
 
 
@@ -45,7 +45,7 @@ class ItemIndex:
         metric = faiss.METRIC_INNER_PRODUCT
         self.index = faiss.IndexIVFFlat(quantizer, points.shape[1], num_lists, metric)
         self.index.cp.max_points_per_centroid = MAX_TRAINING_POINTS
-        self.index.cp.min_points_per_centroid = 1  # no warning of a small catalogue
+        self.index.cp.min_points_per_centroid = 1  # no warning about a small catalogue
         self.index.train(points)
         self.index.add(points)
         self.index.nprobe = max(num_lists // SEARCHED_SHARE, 1)
@@ -57,12 +57,12 @@ class ItemIndex:
 
         Args:
             encodings: (B, D) float32.
-            rows: (n,) row of each item that is excluded.
+            rows: (n,) row of each excluded item.
             items: (n,) the excluded items.
-            k: items per encoding.
+            k: number of items per encoding.
 
         Returns:
-            (B, k) int64 items, best first, and their scores; None if fewer are found for a row.
+            (B, k) int64 items, best first, and their scores; None if some row has fewer.
         """
         most = int(np.bincount(rows, minlength=1).max(initial=0))
         queries = np.pad(encodings, ((0, 0), (0, 1)), constant_values=1)

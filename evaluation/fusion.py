@@ -6,14 +6,14 @@ With features x[c] of candidate c and weights w, the fused scores and probabilit
 
 (D. McFadden, Conditional Logit Analysis of Qualitative Choice Behavior, 1974). The weights minimize
 the mean log-loss of the targets on the validation split plus a penalty on all features but one, the
-base, which is the retriever's log-probability:
+base, which is usually the retriever's log-probability:
 
     L(w) = mean of -log p[target]  +  strength * sum over j != base of (sd[j] w[j])^2
 
 where sd[j] is the standard deviation of feature j over the candidates of a user. Without the other
-features this is the retriever alone with a temperature, which ranks as the retriever does.
-Cross-validation over users chooses the strength, and keeps to the base alone unless the improvement
-exceeds its standard error, so that features which predict nothing are ignored.
+features this is the retriever with a temperature, which does not change its ranking.
+Cross-validation over users chooses the strength. Unless the improvement exceeds its standard error,
+only the base gets a weight, so that features without predictive value are ignored.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 
 RETRIEVER = "retriever_log_probability"
-ALONE = float("inf")  # the strength that leaves the base alone
+ALONE = float("inf")  # the strength at which only the base has a weight
 STRENGTHS = (ALONE, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
-BASE_STRENGTH = 1e-4  # keeps the base's weight finite where it never fails
+BASE_STRENGTH = 1e-4  # keeps the base's weight finite even if the base ranks every target first
 NUM_FOLDS = 10
 MAX_NEWTON_STEPS = 50
 TOLERANCE = 1e-10
@@ -44,7 +44,7 @@ def log_losses(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """(n,) log-loss of each user.
 
     Args:
-        scores: (n, C) scores whose softmax are the probabilities.
+        scores: (n, C) scores whose softmax gives the probabilities.
         targets: (n,) index of the target among the candidates.
     """
     return -log_softmax(scores)[np.arange(len(targets)), targets]
@@ -65,7 +65,7 @@ class Fusion:
     cv_log_loss: dict[float, float] = field(default_factory=dict)
 
     def penalty_record(self) -> dict[str, Any]:
-        """The choice of the strength as JSON values; an infinite strength is ``None``."""
+        """The choice of the strength as JSON values; an infinite strength becomes ``None``."""
         return {
             "strength": self.strength if np.isfinite(self.strength) else None,
             "cross_validated_log_loss": {f"{k:g}": v for k, v in self.cv_log_loss.items()},
@@ -86,7 +86,7 @@ def fit_fusion(
     Args:
         features: (n, C) by name.
         targets: (n,) index of the target among the candidates.
-        base: the feature that is not penalized.
+        base: the feature without a penalty, except for ``BASE_STRENGTH`` on its distance from 1.
         seed: seed of the folds.
     """
     names = [base, *(name for name in features if name != base)]
@@ -127,7 +127,7 @@ def _fit(x: np.ndarray, targets: np.ndarray, strength: float) -> np.ndarray:
     weights[0] = 1.0
     if not len(targets):
         return weights
-    variances = x.var(axis=1).mean(axis=0)  # a constant per user changes no probability
+    variances = x.var(axis=1).mean(axis=0)  # within users: constants per user have no effect
     if strength == ALONE:
         weights[:1] = _newton(x[..., :1], targets, BASE_STRENGTH * variances[:1], weights[:1])
         return weights

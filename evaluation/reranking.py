@@ -81,7 +81,7 @@ def score_titles(
     Args:
         model: the ranker.
         loader: batches of ``CandidateTitles``.
-        score: from model and batch to scores (B, C).
+        score: computes scores (B, C) from model and batch.
         description: title of the progress bar.
 
     Returns:
@@ -127,7 +127,7 @@ def retriever_log_probabilities(candidates: Candidates, users: np.ndarray) -> np
 
 
 def targets_among(items: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(n,) index of each label (n,) among the candidates (n, C), which must hold it."""
+    """(n,) index of each label (n,) among its candidates (n, C), which must include it."""
     return (items == labels[:, None]).argmax(axis=1)
 
 

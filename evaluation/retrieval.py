@@ -29,7 +29,7 @@ def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
     own_scores = scores.gather(1, targets[:, None])
     if scores.is_cuda:
         return 1 + (~(scores <= own_scores)).sum(1)
-    # On the CPU, a sum over one dimension makes all elements int64 first.
+    # On the CPU, a sum over one dimension first converts all elements to int64.
     ranks = torch.empty_like(targets)
     for index, (row, own) in enumerate(zip(scores, own_scores)):
         ranks[index] = len(row) + 1 - (row <= own).count_nonzero()
@@ -77,7 +77,7 @@ def retrieve(
 
     def step(batch: dict[str, Any]) -> dict[str, Tensor]:
         scores = score_catalogue(model, batch, mask_history)
-        # Column 0 is not an item. If fewer than k items are left, those of the history follow.
+        # Column 0 is not an item. If fewer than k items are left, items of the history follow.
         best = torch.topk(scores[:, 1:], num_candidates)
         return {
             "items": best.indices.int() + 1,

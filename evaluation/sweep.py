@@ -28,7 +28,7 @@ def sweep(
     Args:
         model: the model; it is put in eval mode and left there.
         loader: evaluation batches, see ``dataloader.sampler.evaluation_loader``.
-        step: from a batch on the model's device to named tensors, whose rows are concatenated over
+        step: maps a batch on the model's device to named tensors, whose rows are concatenated over
             the batches.
         description: title of the progress bar.
 
@@ -39,7 +39,8 @@ def sweep(
     device = next(model.parameters()).device
     sharded = is_sharded(model)
     rows: dict[str, _Rows] = {}
-    # What is gathered of a sharded model outlives the sweep, and training needs it.
+    # Gathered weights of a sharded model outlive the sweep. They must not be inference tensors, as
+    # training uses them again.
     with torch.no_grad() if sharded else torch.inference_mode():
         extra = repeats(len(loader), next(iter(loader), None)) if sharded else ()
         for batch in ProgressBar(loader, desc=description, unit="batch", leave=False):
@@ -60,8 +61,8 @@ def sweep(
 class _Rows:
     """An array whose rows arrive in parts.
 
-    A list of the parts would grow with the size of the batches' other tensors: small arrays that
-    stay between large ones that are freed keep the allocator from using their memory again.
+    The parts are copied into one buffer. Kept in a list, these small arrays would lie between large
+    tensors of the batches that are freed, and keep the allocator from reusing that memory.
     """
 
     def __init__(self, example: np.ndarray) -> None:

@@ -1,12 +1,12 @@
 """Attention of the language model on the CPU: torch's forward pass, a blockwise backward pass.
 
-In decoding, where there is one query, a few matrix products replace torch's kernel as well.
-
 On CPUs the backward pass of torch's flash kernel takes two to three times as long as its forward
 pass, and longer still with a padding mask. This one consists of a few matrix products per block of
 queries. It recomputes the probabilities, so that it never holds those of more than one block
 (T. Dao et al., FlashAttention, NeurIPS 2022, https://arxiv.org/abs/2205.14135, algorithm 4).
 ``benchmarks/ranker_train.py`` measures the gain.
+
+In decoding, with a single query, matrix products replace torch's forward pass too.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class BlockBackward(torch.autograd.Function):
         dQ = s dS K
         dK = s dS^T Q
 
-    The last form of dS holds because rowsum(P * dP)_i = sum_j P_ij dO_i . V_j = dO_i . O_i, so that
-    the output stands in for the probabilities.
+    The last form of dS holds because rowsum(P * dP)_i = sum_j P_ij dO_i . V_j = dO_i . O_i. The
+    output stands in for the probabilities there.
 
-    Each row of P and dS belongs to one query, so that the computation splits into blocks of queries
-    exactly: a block has its own rows of dQ, and the blocks' dK and dV add up. By causality a block
-    that ends at position l needs only the first l keys. The H / G query heads that share a key head
-    are stacked as rows of the same product, which sums their dK and dV.
+    Each row of P and dS belongs to one query, so the computation splits exactly into blocks of
+    queries: a block has its own rows of dQ, and the blocks' dK and dV add up. By causality, a block
+    whose last query is the l-th needs only the first l keys. The H / G query heads that share a key
+    head are stacked as rows of the same product, which sums their dK and dV.
     """
 
     @staticmethod
@@ -68,8 +68,8 @@ class BlockBackward(torch.autograd.Function):
             query: (B, H, L, D).
             key: (B, G, L, D).
             value: (B, G, L, D).
-            mask: (B, 1, L, L), true where a query sees a key, never a later one; None if causality
-                alone decides.
+            mask: (B, 1, L, L), true where a query sees a key, never a later one; None for all keys
+                up to the query.
             scaling: s.
 
         Returns:
@@ -133,7 +133,7 @@ def _probabilities(queries: Tensor, keys: Tensor, hidden: Tensor) -> Tensor:
         (B, G, H / G * block, S).
     """
     scores: Tensor = (queries @ keys.transpose(2, 3)).unflatten(2, (-1, hidden.shape[-2]))
-    # Finite, because padding sees no key and a row of -inf would become NaN.
+    # Finite, because a query in the padding may see no key, and a row of -inf would become NaN.
     scores.masked_fill_(hidden, torch.finfo(queries.dtype).min)
     return scores.softmax(-1).flatten(2, 3)
 
@@ -149,19 +149,19 @@ def block_backward_attention(
     dropout: float = 0.0,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention with ``BlockBackward`` or ``one_query_attention``, else with torch's.
+    """Compute attention with ``BlockBackward`` or ``one_query_attention`` if possible.
 
-    The signature is that of the attention functions of transformers. ``BlockBackward`` applies to
+    The signature is that of the attention functions of transformers. ``BlockBackward`` is for
     training without dropout of the probabilities and without cached keys, ``one_query_attention``
-    to inference with a single query and keys in float32.
+    for inference with a single query and keys in float32. Everything else uses torch's attention.
 
     Args:
         module: attention layer.
         query: (B, H, L, D).
         key: (B, G, S, D).
         value: (B, G, S, D).
-        attention_mask: (B, 1, L, S), true where a query sees a key; None if causality alone
-            decides.
+        attention_mask: (B, 1, L, S), true where a query sees a key; None for all keys up to the
+            query.
         scaling: scale of the scores.
         dropout: dropout probability of the attention probabilities.
         options: further options of the model.
@@ -186,7 +186,8 @@ def one_query_attention(
     """Compute attention of the last position, with scores in float32.
 
     torch's kernel takes several times as long for the few queries that share a key head. Matrix
-    products are fast if keys and values are contiguous, and in bfloat16 would round the scores.
+    products are fast if keys and values are contiguous. They are in float32, since bfloat16 would
+    round the scores.
 
     Args:
         query: (B, H, 1, D).

@@ -1,8 +1,8 @@
 """RMSNorm with frozen weights in few passes over memory, on the CPU.
 
-Composed of single operations, a norm in bfloat16 takes about twenty passes over its input and its
-gradient, most of them in float32. B. Zhang and R. Sennrich, Root Mean Square Layer Normalization,
-NeurIPS 2019 (https://arxiv.org/abs/1910.07467).
+Composed of elementary operations, a norm in bfloat16 takes about twenty passes over its input and
+its gradient, most of them in float32. B. Zhang and R. Sennrich, Root Mean Square Layer
+Normalization, NeurIPS 2019 (https://arxiv.org/abs/1910.07467).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class FrozenRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        """Compute y; r is computed in float32 at least."""
+        """Compute y (N, D), with r in at least float32."""
         precise = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise)
         r = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
@@ -37,7 +37,7 @@ class FrozenRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        """Compute dx."""
+        """Compute dx (N, D); the weights and epsilon get no gradient."""
         n, r, weight = ctx.saved_tensors
         h = g * weight
         mean = (h * n).sum(-1, keepdim=True, dtype=r.dtype).div_(n.shape[-1])
@@ -53,7 +53,7 @@ def _forward(module: Any, x: Tensor) -> Tensor:
 
 
 def speed_up_norms(model: PreTrainedModel) -> None:
-    """Use ``FrozenRMSNorm`` in the norms of a Llama on the CPU, wherever weights are frozen."""
+    """Use ``FrozenRMSNorm`` in the norms of a Llama on the CPU while their weights are frozen."""
     if model.device.type != "cpu":
         return
     module: nn.Module

@@ -48,11 +48,14 @@ class HistoryScores(nn.Module):
 
 
 def export_retriever(retriever: Retriever, *, mask_history: bool) -> ExportedProgram:
-    """Trace a retriever for any number of histories of ``max_len`` items.
+    """Trace a retriever for any number of histories, padded to ``max_len`` items.
 
     Args:
         retriever: the model, in eval mode on the CPU.
         mask_history: whether to exclude the items of each history.
+
+    Returns:
+        A program with the input and output of ``HistoryScores.forward``.
     """
     example = torch.ones(2, retriever.spec.max_len, dtype=torch.int64)
     with torch.no_grad(), warnings.catch_warnings():

@@ -7,13 +7,14 @@ logit z(t) after history and prefix, and the retriever's probability p(t) after 
 
 with weights a and b that are trained with the adapters. The score of a title is the sum of log q
 along its path, so that exp(score) is a distribution over the catalogue. With a = 0 and b = 1 it is
-the retriever's, and the adapters learn what the retriever does not know. To interpolate a language
-model with another model log-linearly is known from speech recognition as shallow fusion; as in
-A. Sriram et al., Cold Fusion, 2017 (https://arxiv.org/abs/1708.06426), training sees it too.
+the retriever's; the adapters learn what the retriever does not know. Log-linear interpolation of a
+language model with another model is known in speech recognition as shallow fusion. As in A. Sriram
+et al., Cold Fusion, 2017 (https://arxiv.org/abs/1708.06426), it is part of training too.
 
-The parameters are log a and log b. A step of Adam moves a parameter by up to the learning rate, 2%
-of a = 0.05 if it were a itself. Over 200 steps a then shrank while the adapters grew, and most of
-what the language model had learned was lost (docs/results/ranker.md).
+The trained parameters are log a and log b. A step of Adam moves a parameter by up to the learning
+rate. If the parameter were a itself, this would be 2% of a = 0.05; trained like this for 200 steps,
+a shrank while the adapters grew, and most of what the language model had learned was lost
+(docs/results/ranker.md).
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def prior_weights(model: nn.Module) -> Tensor:
 
 
 def log_softmax_by_group(scores: Tensor, groups: Tensor, num_groups: int) -> Tensor:
-    """Normalize scores (P,) within groups, given as (P,) indices below ``num_groups``."""
-    # gather and scatter, because the backward pass of indexing adds up in no certain order.
+    """(P,) log-softmax of scores (P,) within groups, given as (P,) indices below ``num_groups``."""
+    # gather and scatter, because the backward pass of indexing adds up in no fixed order.
     empty = scores.new_full((num_groups,), -torch.inf)
     maxima = empty.scatter_reduce(0, groups, scores.detach(), "amax")
     shifted = scores - maxima.gather(0, groups)
@@ -54,7 +55,7 @@ def log_softmax_by_group(scores: Tensor, groups: Tensor, num_groups: int) -> Ten
 
 
 def chosen_log_probabilities(model: nn.Module, batch: dict[str, Any], tokens: Tensor) -> Tensor:
-    """Compute log q of the chosen options.
+    """Compute log q of the options on the paths.
 
     Args:
         model: causal language model with ``log_prior_weights``.
@@ -76,9 +77,9 @@ def chosen_log_probabilities(model: nn.Module, batch: dict[str, Any], tokens: Te
 
 
 def guided_loss(model: nn.Module, batch: dict[str, Any], tokens: Tensor) -> Tensor:
-    """Compute the mean log-loss of the titles of a micro-batch, less that of the retriever.
+    """Compute the mean log-loss of a micro-batch's titles, minus the retriever's.
 
-    It is negative if both together predict the titles better than the retriever alone.
+    It is negative if both models together predict the titles better than the retriever alone.
 
     Args:
         model: causal language model with ``log_prior_weights``.

@@ -71,7 +71,7 @@ def find_model(
             followed by ``@revision``.
         cache_root: folder for the models from the package index.
         hub_cache: cache folder of the hub, or None for its default.
-        needs_weights: whether weights are required; a tokenizer is usable without.
+        needs_weights: whether weights are required; a tokenizer does not need them.
 
     Raises:
         ArgumentError: the model does not exist, is out of reach, or lacks required files.
@@ -143,7 +143,7 @@ def _hub_model(name: str, hub_cache: str | None, needs_weights: bool) -> BaseMod
 def _resolve(repository: str, revision: str | None) -> tuple[str | None, Exception | None]:
     """Ask the hub for the commit of a revision.
 
-    This fails within ``TIMEOUT_S`` if there is no network, where a download would retry for half a
+    Without a network, this fails within ``TIMEOUT_S``, whereas a download would retry for half a
     minute.
 
     Returns:
@@ -251,7 +251,7 @@ def content_hash(folder: Path) -> str:
 def cached_content_hash(folder: Path, cache_root: Path) -> str:
     """Return ``content_hash``, from the cache unless a file's size, mtime or inode has changed.
 
-    Models of gigabytes take longer to hash than the rest of a start. Small ones are not cached.
+    Hashing gigabytes takes longer than everything else before a run. Small models are not cached.
     """
     stamps: list[list[Any]] = [
         [path.name, status.st_size, status.st_mtime_ns, status.st_ino]
@@ -267,7 +267,7 @@ def cached_content_hash(folder: Path, cache_root: Path) -> str:
         if cached["files"] == stamps:
             return str(cached["sha256"])
     value = content_hash(folder)
-    with suppress(UserError, OSError):  # a cache that cannot be written costs time alone
+    with suppress(UserError, OSError):  # a cache that cannot be written only costs time
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"folder": str(folder.resolve()), "files": stamps, "sha256": value})
     return value
@@ -367,7 +367,7 @@ def sizes(folder: Path) -> tuple[int, int]:
 
 
 def stored_dtypes(folder: Path) -> set[str]:
-    """Dtypes of a model's weights on disk, by the names of safetensors, such as ``BF16``."""
+    """Dtypes of a model's weights on disk, as safetensors names them, such as ``BF16``."""
     dtypes = set()
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="np") as file:

@@ -51,7 +51,7 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """Load a causal language model in bfloat16, or in NF4 with double quantization (QLoRA).
 
-    GPUs without bfloat16 compute in float32.
+    On GPUs without bfloat16, it computes in float32.
 
     Args:
         folder: folder of the model.
@@ -105,13 +105,13 @@ def _load_explained(folder: Path) -> Iterator[None]:
 
 
 class Sizes(NamedTuple):
-    """What a language model with adapters consists of.
+    """Sizes of a language model with adapters.
 
     Attributes:
         weights: number of weights without the adapters.
         adapters: number of weights of the adapters.
-        inputs: numbers in the inputs of the layers with adapters, per token. They are the least
-            that training keeps: gradient checkpointing recomputes the rest.
+        inputs: elements per token in the inputs of all decoder layers with adapters. Training keeps
+            at least these: gradient checkpointing recomputes the rest.
     """
 
     weights: int
@@ -121,7 +121,7 @@ class Sizes(NamedTuple):
 
 @cache
 def measure(folder: Path, *, rank: int, target_modules: tuple[str, ...]) -> Sizes:
-    """Measure a model and its adapters without allocating either; the second time it is known.
+    """Measure a model and its adapters without allocating either; results are cached.
 
     Args:
         folder: folder of the model.
@@ -146,7 +146,7 @@ def measure(folder: Path, *, rank: int, target_modules: tuple[str, ...]) -> Size
 
 
 def computing_dtype(device: torch.device) -> torch.dtype:
-    """Return bfloat16, or float32 on GPUs that only emulate it, which is pointed out."""
+    """Return bfloat16, or float32, with a note, on GPUs that only emulate bfloat16."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) >= BFLOAT16_CAPABILITY:
         return torch.bfloat16
     name = torch.cuda.get_device_name(device)
@@ -155,13 +155,13 @@ def computing_dtype(device: torch.device) -> torch.dtype:
 
 
 def dequantize(model: nn.Module) -> None:
-    """Replace layers in NF4 by layers of the same values in the dtype of their products.
+    """Replace layers in NF4 by plain layers of the same values, in the dtype of their products.
 
-    A product with NF4 weights first computes these values, which takes as long as some hundred
-    tokens of a 7B model. Whether there are adapters around the layers does not matter.
+    Every product with NF4 weights first computes these values, which takes as long as some hundred
+    tokens of a 7B model. The layers may have adapters or not.
 
     Args:
-        model: a model, perhaps in NF4 and perhaps with adapters.
+        model: any model; only its layers in NF4 change.
     """
     from bitsandbytes.functional import dequantize_4bit
 
@@ -175,7 +175,10 @@ def dequantize(model: nn.Module) -> None:
 
 
 def dequantize_for_inference(model: PeftModel) -> None:
-    """Call ``dequantize`` after training, on CUDA, if half of the free memory is left then."""
+    """Call ``dequantize`` after training, on CUDA, if it needs less than half of the free memory.
+
+    Sharded models stay as they are.
+    """
     needed = sum(
         layer.in_features * layer.out_features * layer.compute_dtype.itemsize
         for _, _, layer in quantized_layers(model)
@@ -186,10 +189,10 @@ def dequantize_for_inference(model: PeftModel) -> None:
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Layers in NF4 with the modules that hold them."""
+    """Yield the parent module, name and module of every layer in NF4."""
     for parent in model.modules():
         for name, layer in parent.named_children():
-            # PEFT's layer around one has the same name.
+            # PEFT's layer around a quantized one has the same class name.
             if type(layer).__name__ == "Linear4bit" and not hasattr(layer, "lora_A"):
                 yield parent, name, layer
 
@@ -197,8 +200,8 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
 def _keep_differentiable(model: PreTrainedModel) -> None:
     """Stop bitsandbytes from repacking NF4 weights into a layout without a backward pass.
 
-    It would do so in the first evaluation on a CPU with AVX512-BF16, and training would go on with
-    gradients missing, without an error.
+    On a CPU with AVX512-BF16, it would do so in the first evaluation, and training would go on
+    without an error but with gradients missing.
     """
     module: Any
     for module in model.modules():
@@ -209,8 +212,8 @@ def _keep_differentiable(model: PreTrainedModel) -> None:
 def _make_head_inputs_contiguous(model: PreTrainedModel) -> None:
     """Copy the input of the output layer if it is not contiguous.
 
-    The output layer gets a slice, the last positions. Given a non-contiguous input, torch computes
-    one product per prompt, each with a copy of all weights.
+    The output layer gets a slice, the last positions. For a non-contiguous input, torch computes
+    one product per prompt and copies all weights for each.
     """
     model.get_output_embeddings().register_forward_pre_hook(
         lambda _, inputs: (inputs[0].contiguous(),)
@@ -233,7 +236,7 @@ def use_fused_kernels(model: PreTrainedModel) -> None:
         raise ArgumentError(
             "fused_kernels", "true", f"liger-kernel does not support {model_type}; set it to false"
         )
-    # Liger's losses would replace the forward pass, and the output layer reads few positions here.
+    # Liger's losses would replace the forward pass, but here the output layer reads few positions.
     apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
 
@@ -291,7 +294,10 @@ def base_causal_lm(model: nn.Module) -> Any:
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Save the adapters in PEFT's format, complete or not at all.
 
-    Trainable parameters of the model itself, beside the adapters, go to a file of their own.
+    Parameters of the model itself, such as ``log_prior_weights``, go to a file of their own.
+
+    Raises:
+        UserError: the folder cannot be written.
     """
     with atomic_folder(folder) as temporary:
         model.save_pretrained(str(temporary), save_embedding_layers=False)
@@ -303,7 +309,7 @@ def check_adapter(folder: Path) -> None:
     """Refuse a damaged adapter, without loading it.
 
     Raises:
-        InputError: one cannot be read.
+        InputError: its configuration is missing, or a file cannot be read.
     """
     read_json(folder / "adapter_config.json")
     for path in sorted(folder.glob("*.safetensors")):
@@ -315,7 +321,7 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     """Load the weights saved by ``save_adapter``.
 
     Raises:
-        InputError: they are missing or damaged.
+        InputError: they are missing, damaged or from an earlier version.
     """
     weights = folder / "adapter_model.safetensors"
     with reading(weights):
@@ -337,11 +343,13 @@ def plan_activations(model: PeftModel, max_tokens: int, least_tokens: int) -> tu
 
     Args:
         model: causal language model with adapters, on its device.
-        max_tokens: most tokens in a micro-batch, if they fit.
-        least_tokens: most tokens in a micro-batch in any case, at most ``max_tokens``.
+        max_tokens: number of tokens to train on at once if they fit, or if activations are
+            recomputed.
+        least_tokens: number of tokens that must fit, or else activations are recomputed; at most
+            ``max_tokens`` counts.
 
     Returns:
-        The tokens, from ``least_tokens`` to ``max_tokens``, and whether to recompute.
+        The maximum number of tokens in a micro-batch, and whether to recompute.
     """
     per_token, free = activation_bytes_per_token(model), free_bytes(model.device)
     fitting = int(MEMORY_SHARE * free / per_token)
@@ -372,7 +380,7 @@ def activation_bytes_per_token(model: PeftModel) -> float:
             saved[address] = storage.nbytes()
         return tensor
 
-    # Weights that are sharded are here while their layer computes.
+    # Sharded weights are in memory only while their layer computes.
     hooks = []
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -390,12 +398,12 @@ def activation_bytes_per_token(model: PeftModel) -> float:
         hook.remove()
     model.eval()
     total = sum(saved.values())
-    del output  # keeps all storages alive up to here, so that no address is used twice
+    del output  # kept all storages alive up to here, so that no address was used twice
     return total / PROBE_TOKENS
 
 
 def _addresses(module: nn.Module) -> set[int]:
-    """Where the weights and buffers of a module lie, those that are here whole."""
+    """Addresses of the weights and buffers of a module, except for sharded ones."""
     whole = (x for x in (*module.parameters(), *module.buffers()) if not isinstance(x, DTensor))
     return {x.untyped_storage().data_ptr() for x in whole}
 

@@ -1,9 +1,10 @@
 """Linear layers with LoRA adapters that compute in the dtype of their input.
 
-PEFT casts the input of each adapter to the adapters' float32, computes there, and adds the result
-in passes of their own. Next to a frozen layer in bfloat16 or NF4, this takes longer than the layer
-itself. So the adapters' weights are cast instead, which stay in float32 for the optimizer, and
-products are added as they are computed. ``python -m benchmarks.ranker_train`` measures the gain.
+PEFT casts the input of each adapter to float32, the dtype of the adapter, computes in it, and adds
+the result in separate passes. Next to a frozen layer in bfloat16 or NF4, this takes longer than the
+layer itself. Here the adapter's weights are cast instead, while the optimizer updates them in
+float32, and products are added as they are computed. ``python -m benchmarks.ranker_train`` measures
+the gain.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Cross-entropy over the catalogue that never holds all scores at once.
 
 A retriever gives encodings x (K, D), item embeddings W (V + 1, D) and optional biases (V + 1,).
-The scores x W^T + bias are the largest tensor of a training step; the losses here compute what they
-need of them.
+The scores x W^T + bias would be the largest tensor of a training step, so the losses here compute
+them in chunks, or only those of sampled items.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from model.base import Retriever
 
-# Scores held at once: what fits a cache on the CPU, what memory allows on a GPU.
+# Scores held at once: as many as fit in the cache of a CPU, or in the memory of a GPU.
 CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 MIN_CHUNK_ROWS = 64
 # On the CPU, oneDNN compiles a kernel for every new number of rows of a bfloat16 product, which
@@ -72,9 +72,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     As the loss is a plain mean over rows, these gradients are final once a row's scores are known:
     a chunk's scores are turned into gradients in place and then overwritten by the next chunk's.
-    The division by Z is left to the narrow operands, dx = (E - Z q) W / Z and dW = (E - Z q)^T
-    (x / Z), which saves a pass over the scores. The part -e / (V + 1) of q is the same for all
-    items, so its share of loss and gradients needs only the sums of x and W over their rows.
+    The narrow operands are divided by Z instead of the scores, dx = (E - Z q) W / Z and
+    dW = (E - Z q)^T (x / Z), which saves a pass over the scores. The part e / (V + 1) of q is the
+    same for all items, so its share of loss and gradients needs only the sums of x and W over their
+    rows.
     """
 
     @staticmethod
@@ -187,6 +188,9 @@ def catalogue_loss(
         model: the retriever.
         batch: ``sequences``, a ``JaggedBatch``, and ``labels`` (K,), the items to predict.
         cross_entropy: one of the losses of this module.
+
+    Returns:
+        Scalar loss.
     """
     encodings = model.encode(batch["sequences"])
     return cross_entropy(encodings, model.item_embeddings, model.item_bias, labels=batch["labels"])

@@ -67,7 +67,7 @@ def _recur(
 def step_by_step(x: Tensor, factors: Tensor, positions: Tensor, *, backwards: bool) -> Tensor:
     """Compute the sums one time step after the other, for all sequences at once.
 
-    This is the least arithmetic and fits a CPU's cache; a GPU would wait for every step.
+    This needs the least arithmetic and fits in a CPU's cache, but a GPU would wait at every step.
 
     Args:
         x: (N, H) complex terms.

@@ -36,10 +36,10 @@ class AdditiveAttention(torch.autograd.Function):
         dv     = sum over t, j of de[t,j] g[t,j]
         dq[t]  = v * sum over j of de[t,j] g[t,j] (1 - g[t,j]),  likewise dk[j] summed over t
 
-    The gates of all pairs would take gigabytes (16 sequences of 200 items: one), so they are
-    computed tile by tile, and again in the backward pass. A tile holds neighboring queries and all
-    positions from the start of the first one's sequence to the last one; pairs that are not visible
-    to each other get a zero energy, so the result is exact.
+    The gates of all pairs of positions in a batch would take gigabytes (16 sequences of 200 items,
+    D = 64: 2.6 GB), so they are computed tile by tile, and again in the backward pass. A tile holds
+    neighboring queries and all positions from the start of the first query's sequence to the last
+    query. Pairs that are not visible to each other get zero energy, so the result is exact.
     """
 
     @staticmethod
@@ -85,7 +85,7 @@ class AdditiveAttention(torch.autograd.Function):
             grad_states[columns].addmm_(((gates @ v) * visible).T, grad_sums[rows])
             grad_energies = (grad_sums[rows] @ states[columns].T) * visible  # (rows, columns)
             grad_v += grad_energies.flatten() @ gates.flatten(0, 1)
-            # Gradient of the sigmoid's argument without the factor v, which the sums leave out.
+            # Gradient of the sigmoid's argument without the factor v, which is applied at the end.
             grad_inner = torch.addcmul(gates, gates, gates, value=-1)
             grad_inner *= grad_energies[:, :, None]
             torch.sum(grad_inner, 1, out=grad_query[rows])
@@ -119,7 +119,7 @@ class NARM(Retriever):
     """A GRU whose last state (global encoder) and attention over its states (local encoder) score
     items by a bilinear form.
 
-    Every position ends a session of its own: its global encoding is the state there, its local
+    Every position counts as the end of a session: its global encoding is the state there, its local
     encoding attends to the states up to there (equations 5 to 8 of the paper). ``num_heads`` and
     ``max_len`` of the specification are not used.
     """
@@ -136,7 +136,7 @@ class NARM(Retriever):
         self.encoding_dropout = Dropout(spec.attn_dropout)
         self.bilinear = nn.Linear(2 * hidden_units, hidden_units, bias=False)
         truncated_normal_(self)
-        self.gru.reset_parameters()  # with weights that small, the states would stay near zero
+        self.gru.reset_parameters()  # with such small weights, the states would stay near zero
 
     def encode(self, sequences: JaggedBatch) -> Tensor:
         """Encode the session up to each scored position; see ``Retriever.encode``."""

@@ -1,9 +1,9 @@
 """Prompts one after another in one row, without padding.
 
-Linear layers and norms act on every token alone; only attention has to be told where a prompt
-ends. Padding would cost its share of all products, and above all a mask, for which torch has no
-fast kernel on CUDA. Here attention takes each prompt of the row by itself: with flash attention
-over all prompts at once where torch has it for the GPU, else prompt by prompt.
+Linear layers and norms act on single tokens; only attention has to know where a prompt ends.
+Padding would add to all products and, above all, require a mask, for which torch has no fast kernel
+on CUDA. Here attention stays within each prompt of the row: it is computed for all prompts at once
+where torch's flash attention supports this, else prompt by prompt.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def pack(batch: dict[str, Any]) -> dict[str, Any]:
         batch: ``input_ids`` and ``attention_mask`` (B, L), padded on either side.
 
     Returns:
-        ``input_ids`` and ``position_ids`` (1, N), ``prompts``, and an empty ``attention_mask``:
-        given one with four dimensions, transformers does not build any.
+        ``input_ids`` and ``position_ids`` (1, N), ``prompts``, and an empty ``attention_mask``. It
+        has four dimensions, so that transformers does not build one.
     """
     mask = batch["attention_mask"].bool()
     counts = mask.sum(1)
@@ -77,15 +77,15 @@ def attention(
     prompts: Prompts | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention within each prompt of a row, or torch's attention if nothing is packed.
+    """Compute attention within each prompt of a row, or plain attention if nothing is packed.
 
     The signature is that of the attention functions of transformers.
 
     Args:
         module: attention layer.
         query: (1, H, N, D), or (B, H, L, D) if nothing is packed.
-        key: (1, G, N, D), G dividing H.
-        value: (1, G, N, D).
+        key: (1, G, N, D), G dividing H, or (B, G, L, D).
+        value: of the same shape as ``key``.
         attention_mask: as in transformers; ignored if prompts are packed.
         prompts: where the prompts lie, or None if nothing is packed.
         options: further options of the model, ``scaling`` among them.
@@ -107,7 +107,7 @@ def attention(
 
 
 def varlen(query: Tensor, key: Tensor, value: Tensor, prompts: Prompts, scaling: float) -> Tensor:
-    """Compute causal attention within prompts by torch's flash attention.
+    """Compute causal attention within prompts with torch's flash attention.
 
     Args:
         query: (1, H, N, D).
@@ -121,17 +121,17 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, prompts: Prompts, scaling:
     """
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, H, D)
     offsets, longest = prompts.offsets, max(prompts.lengths)
-    options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}  # the latter is causal
+    options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}  # causal window
     output = varlen_attn(q, k, v, offsets, offsets, longest, longest, **options)
     return cast(Tensor, output)[None]
 
 
 @cache
 def varlen_works(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    """Whether ``varlen`` computes what torch's attention does, on this device.
+    """Whether ``varlen`` gives the results of torch's attention on this device.
 
-    It is tried once, as torch calls it a prototype and has changed its signature. The random state
-    does not change.
+    This is tested once, since torch calls the function a prototype and has changed its signature.
+    The random state does not change.
 
     Args:
         device: the device.
@@ -147,7 +147,7 @@ def varlen_works(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     except (RuntimeError, TypeError) as error:
         problem = describe(error)
     if problem:
-        print(f"note: attention prompt by prompt, as torch's varlen_attn does not work: {problem}")
+        print(f"note: attention runs prompt by prompt, as torch's varlen_attn fails: {problem}")
     return not problem
 
 
@@ -175,7 +175,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def pack_prompts(model: PreTrainedModel) -> None:
-    """Let a model with torch's attention alone read packed prompts, see ``packs``."""
+    """Let a model that only uses torch's attention read packed prompts, see ``packs``."""
     config = model.config
     is_plain = config.model_type in MODEL_TYPES and getattr(config, "sliding_window", None) is None
     if is_plain and config._attn_implementation == "sdpa":

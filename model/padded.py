@@ -1,8 +1,8 @@
 """The retrievers on padded sequences: the same models as one static graph.
 
 Training and evaluation run on jagged batches, whose shapes depend on the data. The functions here
-compute the same from the same weights on (B, L) item numbers padded with 0, so that a model can be
-exported (``model/export.py``) and compared with plain padded code (``benchmarks/padded.py``).
+compute the same with the same weights from (B, L) item numbers padded with 0. They serve to export
+a model (``model/export.py``) and to compare it with plain padded code (``benchmarks/padded.py``).
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ def encode_all(model: Retriever, item_ids: Tensor) -> Tensor:
 
     Args:
         model: the retriever.
-        item_ids: (B, L).
+        item_ids: (B, L), padded with 0.
 
     Returns:
         (B, L, D).
+
+    Raises:
+        TypeError: there is no padded computation of the model.
     """
     if isinstance(model, LRURec):
         return _lru(model, item_ids)
@@ -46,7 +49,7 @@ def encode_last(model: Retriever, item_ids: Tensor) -> Tensor:
 
     Args:
         model: the retriever.
-        item_ids: (B, L), at least one item per sequence.
+        item_ids: (B, L), padded with 0, at least one item per sequence.
 
     Returns:
         (B, D).
@@ -85,8 +88,8 @@ def _lru(model: LRURec, item_ids: Tensor) -> Tensor:
 def _parallel_scan(u: Tensor, eigenvalues: Tensor, real: Tensor, rounds: int) -> Tensor:
     """Compute the states (B, L, H) of the recurrence for inputs (B, L, H), L = 2 ** rounds.
 
-    Each round joins pairs of neighboring runs into one of twice the length: the last state of the
-    first run, times powers of the eigenvalues, is added to the second run, unless it is padding.
+    Each round joins neighboring runs of positions in pairs: the last state of the first run, times
+    powers of the eigenvalues, is added to the states of the second, unless it is padding.
     """
     h, powers = u, eigenvalues[None]
     for k in range(1, rounds + 1):

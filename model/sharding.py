@@ -23,7 +23,7 @@ from model.language_model import base_causal_lm, quantized_layers
 
 
 def shard_weights(model: PeftModel, device: torch.device) -> None:
-    """Split the frozen weights of the layers, and move all else to a device.
+    """Split the frozen weights of the layers, and move everything else to a device.
 
     Args:
         model: causal language model with adapters, on the host.
@@ -48,10 +48,10 @@ def shard_weights(model: PeftModel, device: torch.device) -> None:
 
 
 def _use_plain_weight(layer: Any, device: torch.device) -> None:
-    """Let a layer in NF4 hold its numbers as a plain parameter, and their scales itself.
+    """Store the numbers of a layer in NF4 as a plain parameter, and their scales on the layer.
 
-    ``fully_shard`` cannot split the parameter class of bitsandbytes, which holds the scales. The
-    layer builds one for each product from what it has.
+    ``fully_shard`` cannot split the parameter class of bitsandbytes, which holds the scales. For
+    each product, the layer builds such a parameter from the two.
     """
     layer.quant_state = layer.weight.quant_state
     layer.quant_state.to(device)

@@ -4,7 +4,7 @@ The score of a title with tokens y[1..m], line break included, after a history x
 
     log p(y | x) = sum over i of log p(y[i] | x, y[1..i-1])
 
-from the language model's own output layer. Tokens of all titles come from one forward pass, see
+from the language model's own output layer. One forward pass scores the tokens of all titles, see
 ``dataloader.title_batches``: a mask lets each candidate see the history and itself, and its
 positions continue those of the history, so that the pass equals a separate one for each candidate.
 """
@@ -26,8 +26,8 @@ def hidden_states(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
     Args:
         model: causal language model, with or without adapters.
-        batch: ``input_ids`` (B, L), padded on the right, where causal attention does not see it;
-            for branches also ``branches`` and ``position_ids``.
+        batch: ``input_ids`` (B, L), padded on the right, where causal attention ignores the
+            padding; for branches also ``branches`` and ``position_ids`` (B, L).
 
     Returns:
         (B * L, D).
@@ -65,8 +65,8 @@ class FrozenHeadLoss(torch.autograd.Function):
 
         dh = (softmax(s) - onehot(y)) W / T
 
-    It is known once a row's scores are, so the forward pass computes it chunk by chunk and never
-    holds the scores of all positions over the vocabulary.
+    It needs only the scores of its own row, so the forward pass computes it chunk by chunk and
+    never holds the scores of all positions over the vocabulary.
     """
 
     @staticmethod

@@ -57,7 +57,11 @@ def encode_titles(encoder: BaseModel, titles: list[str], device: torch.device | 
 
 
 def _load_encoder(folder: Path) -> tuple[Any, Any]:
-    """Load a text encoder and its tokenizer, which can pad."""
+    """Load a text encoder and its tokenizer, with a padding token.
+
+    Raises:
+        ArgumentError: ``encoder`` cannot be loaded.
+    """
     from transformers import AutoModel, AutoTokenizer
 
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -78,7 +82,11 @@ def cached_title_encodings(
 ) -> np.ndarray:
     """Return ``encode_titles`` from the cache, or compute and cache it.
 
-    Nothing is cached for an encoder whose files can change, one without a revision.
+    Nothing is cached for an encoder without a revision, because its files can change.
+
+    Raises:
+        ArgumentError: ``encoder`` cannot be loaded.
+        UserError: the cache cannot be written.
     """
     if encoder.revision is None:
         return encode_titles(encoder, titles, device)
@@ -101,9 +109,9 @@ def init_item_embeddings_(weight: Tensor, encodings: np.ndarray, std: float = 0.
     """Initialize item embeddings in place with rotated principal components of encodings.
 
     With X the centered encodings and A the eigenvectors of X^T X by decreasing eigenvalue, the
-    embeddings are c (X A_D) R: A_D has the first D eigenvectors, zeros if there are fewer, R is a
-    random orthogonal matrix and c sets the standard deviation. R leaves all inner products as they
-    are, and spreads the variance over the dimensions instead of ordering them by it.
+    embeddings are c (X A_D) R: A_D has the first D eigenvectors, or zeros if there are fewer, R is
+    a random orthogonal matrix, and c sets the standard deviation. R preserves all inner products
+    and spreads the variance over the dimensions, which would otherwise be ordered by it.
 
     Args:
         weight: (V + 1 or more, D) embeddings; row 0 and rows after V do not change.

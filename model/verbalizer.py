@@ -41,8 +41,8 @@ def padded(batch: dict[str, Any]) -> dict[str, Tensor]:
 def candidate_scores(model: nn.Module, batch: dict[str, Any], letter_ids: Tensor) -> Tensor:
     """Score the candidates of each prompt by the logits of their letters, in one forward pass.
 
-    Only the last position of each prompt and the letters' rows of the output layer enter the last
-    product. It is in float32: rounded to bfloat16, many of 20 similar logits would be equal.
+    The output layer is applied only at the last position of each prompt, and only with the letters'
+    rows. This product is in float32: in bfloat16, many of 20 similar logits would be equal.
 
     Args:
         model: causal language model, with or without adapters.
@@ -69,20 +69,21 @@ def candidate_scores(model: nn.Module, batch: dict[str, Any], letter_ids: Tensor
 def token_logits(
     causal_lm: Any, hidden: Tensor, token_ids: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Compute the logits of some tokens alone.
+    """Compute the logits of some tokens only.
 
     Args:
         causal_lm: causal language model.
         hidden: (B, D) last hidden states.
         token_ids: (C,) the tokens.
-        dtype: dtype of the product, unless the model's.
+        dtype: dtype of the product; the model's if None. Ignored if the output layer has an
+            adapter.
 
     Returns:
         (B, C) float32.
     """
     head: Any = causal_lm.get_output_embeddings()
     has_adapter = isinstance(head, BaseTunerLayer)
-    if has_adapter:  # which head.weight does not include
+    if has_adapter:  # head.weight does not include it
         logits: Tensor = head(hidden)
         return logits[:, token_ids].float()
     weight = head.weight[token_ids]

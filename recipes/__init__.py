@@ -1,4 +1,4 @@
-"""What the entry scripts do, from their settings: set up, fit, evaluate, write.
+"""What the entry scripts do with their settings: set up, fit, evaluate, write.
 
 ``runs`` and ``language_model`` need no torch, so that the scripts can refuse mistakes quickly.
 """

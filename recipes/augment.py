@@ -141,7 +141,7 @@ def build_prompts(
 def check_later_stages(
     config: AugmentationConfig, data: SequenceDataset, prompts: IdPrompts
 ) -> None:
-    """Refuse at once what a stage could not use, not after hours of tuning.
+    """Refuse at once, not after hours of tuning, what a later stage could not use.
 
     Raises:
         UserError: no user has enough items for an example, the tokenizer cannot be constrained, or
@@ -151,7 +151,7 @@ def check_later_stages(
     if longest <= config.min_targets:
         raise UserError(
             f"--min_targets {config.min_targets} leaves no examples: users have at most {longest} "
-            "training items, of which one is the history"
+            "training items, and one of them is needed as history"
         )
     if config.constrained:
         with advice(CONSTRAINED_ADVICE):
@@ -169,7 +169,7 @@ def check_window(
 ) -> None:
     """Refuse texts that would grow beyond the positions that the language model has.
 
-    Only the published prompts leave no room for what is generated.
+    Only the published prompts do not leave room for the generated tokens.
 
     Raises:
         UserError: a user's prompt is too long.
@@ -191,7 +191,11 @@ def check_window(
 def reuse_stages(
     earlier_dir: Path, run_dir: Path, earlier: Mapping[str, str], stages: Mapping[str, str]
 ) -> None:
-    """Copy the outputs of an earlier run's stages whose fingerprints agree with this run's."""
+    """Copy the outputs of an earlier run's stages whose fingerprints agree with this run's.
+
+    Raises:
+        UserError: an output of the earlier run is damaged, or a copy cannot be written.
+    """
     for stage, name in OUTPUT_BY_STAGE.items():
         source, target = earlier_dir / name, run_dir / name
         if target.exists():
@@ -251,7 +255,7 @@ def tune(
     language_model = fit_memory(model, language_model, config)
     limits = batch_limits(config, language_model)
     examples = training_examples(config, data, prompts, limits, seed=config.seed)
-    # Validation uses other samples of the same training items: no held-out item is read.
+    # Validation examples are other samples of the same training items: no held-out item is read.
     val_limits = limits._replace(max_rows=config.val_batch_size)
     val_examples = training_examples(config, data, prompts, val_limits, seed=config.seed + 1)
     sampler = ShuffledBatches(len(examples), config.train_batch_size, config.seed)
@@ -263,7 +267,7 @@ def tune(
 
     def validate() -> Metrics:
         if config.kept_weights == "last":
-            keep()  # at every validation, of which one follows the last step
+            keep()  # at every validation; the last one follows the last step
         return validation()
 
     trainer = build_trainer(
@@ -289,7 +293,7 @@ def tune(
 def tuning_loop(
     config: AugmentationConfig, language_model: LanguageModel, batches_per_epoch: int
 ) -> LoopSettings:
-    """Settings of the training loop: as many epochs as ``--max_steps`` takes."""
+    """Settings of the training loop, with as many epochs as ``--max_steps`` needs."""
     return loop_settings(
         config,
         num_epochs=-(-config.max_steps // batches_per_epoch),
@@ -393,10 +397,10 @@ def generate_texts(
 def generation_batches(
     config: AugmentationConfig, data: SequenceDataset, prompts: IdPrompts, model: PeftModel
 ) -> GenerationPrompts:
-    """The prompts of all users, in batches of the size that the flags ask for or that fits."""
+    """The prompts of all users, in batches of the size that the flags set or that fits."""
     if config.test_batch_size or not config.constrained:
         return GenerationPrompts(data, prompts, config.test_batch_size or FREE_BATCH)
-    fitting = -largest(-fitting_tokens(model))  # in every process
+    fitting = -largest(-fitting_tokens(model))  # what fits in every process
     return GenerationPrompts(data, prompts, CONSTRAINED_BATCH, fitting)
 
 
@@ -436,7 +440,7 @@ def plausible(
         device: device of the retriever.
 
     Returns:
-        The remaining interactions, and the largest rank among them.
+        The remaining interactions, and the largest rank that is kept.
     """
     with advice(RETRAIN):
         ranks, target_ranks = judge(Path(str(config.retriever_path)), data, interactions, device)

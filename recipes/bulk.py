@@ -28,15 +28,15 @@ RUN_FILES = (CONFIG, "fusion.json", "test_metrics.json")  # what identifies the 
 
 
 class Job(NamedTuple):
-    """A table to fill, in plain values that can be sent to another process.
+    """A table of recommendations to write, in plain values that another process can receive.
 
     Attributes:
         run_dir: folder of the run.
-        data_config: selects its data set.
+        data_config: settings that select its data set.
         device: ``cpu``, ``cuda`` or None for CUDA if available.
         base_model: overrides the run's language model.
         source: the table of users.
-        output: the folder to write, which this process has reserved.
+        output: the folder to write, reserved by the process that started the job.
         k: items per user.
         part_users: users per file.
         approximate: whether candidates come from an approximate index.
@@ -69,11 +69,11 @@ class Job(NamedTuple):
 
 
 class PartWriter:
-    """Writes any part of a table. Parts are cheapest in ascending order.
+    """Writes parts of a table in any order; in ascending order, the users are read only once.
 
     Args:
         job: the table.
-        people: its users, to be read from the start; None to open the table again.
+        people: its users, who are read from the start; None to open the table again.
     """
 
     def __init__(self, job: Job, people: People | None = None) -> None:
@@ -93,7 +93,7 @@ class PartWriter:
         self._next = 0
 
     def write(self, index: int) -> int:
-        """Write a part unless it is there, and return its number of users."""
+        """Write a part unless its file exists, and return its number of users."""
         part = self._read(index)
         path = self.job.part_path(index)
         if part and not path.exists():
@@ -133,7 +133,7 @@ Engine = Callable[[Job, People], Iterator[int]]
 
 
 def in_this_process(job: Job, people: People) -> Iterator[int]:
-    """Write the parts one after the other; yields the number of users of each."""
+    """Write the parts one after the other, and yield the number of users of each."""
     writer, index = PartWriter(job, people), 0
     while count := writer.write(index):
         yield count
@@ -148,14 +148,15 @@ def recommend_to_all(job: Job, people: People, engine: Engine, *, resume: bool) 
     Args:
         job: the table.
         people: its users.
-        engine: writes the parts that are missing, and yields the number of users of each part.
-        resume: whether to keep the parts that are there.
+        engine: writes the missing parts, and yields the number of users of every part.
+        resume: whether to keep existing parts.
 
     Returns:
         The content of the manifest.
 
     Raises:
-        UserError: ``resume``, and the parts are those of another run, input or setting.
+        UserError: ``resume`` is set, but the parts are from another run, input or setting; or a
+            file cannot be read or written.
     """
     manifest = job.output / MANIFEST
     record = {"fingerprint": job.fingerprint(), "finished": False}

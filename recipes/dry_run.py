@@ -1,6 +1,6 @@
-"""What a run would take: settings, data, steps, time and memory, from a few steps of it.
+"""What a run would take: settings, data, steps, time and memory, estimated from a few steps.
 
-The steps run in a temporary folder, so that nothing is written beside downloads and caches.
+The steps run in a temporary folder, so that nothing is written except downloads and caches.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from trainer.run_folder import CONFIG, RunFolder
 
 STEPS = 5  # the first one warms up
 SECONDS = 60.0  # after which no further step is taken
-USERS = 256  # of the retriever's probe
+USERS = 256  # users ranked to time the retriever's evaluation
 RANKED_USERS = 32
 PROMPTS = 1000
-# Not shown of config.json: where the run comes from, and what is not that of the whole run.
+# Entries of config.json that are not shown: origin of the run, and what holds only for the trial.
 HIDDEN = ("command", "commit", "fingerprint", "results_format", "retriever", "torch", "total_steps")
 ConfigT = TypeVar("ConfigT", bound=CommonConfig)
 
@@ -48,9 +48,9 @@ class Evaluation(NamedTuple):
     """How long evaluation takes.
 
     Attributes:
-        seconds_per_user: of ranking one user's candidates.
-        val_users: users in a validation.
-        last_users: users of both splits who are ranked after training.
+        seconds_per_user: time to rank one user's candidates, or the catalogue.
+        val_users: number of users in a validation.
+        last_users: number of users ranked after training, over all splits.
     """
 
     seconds_per_user: float
@@ -99,7 +99,7 @@ def dry_run_ranker(
     settings = fit_ranker.ranker_loop(config, language_model)
     if config.is_guided:
         print(
-            f"before: {config.folds} retrievers, each about as long as the given one's training, "
+            f"before: {config.folds} retrievers, each taking about as long as the given one, "
             "unless an earlier ranker has trained them"
         )
     show(config, trainer, settings, step_seconds, evaluation)
@@ -107,7 +107,7 @@ def dry_run_ranker(
 
 @contextmanager
 def trial(config: ConfigT) -> Iterator[tuple[ConfigT, RunFolder]]:
-    """Settings and a temporary folder for the first steps of a run."""
+    """Yield settings and a temporary folder for the first steps of a run, then print settings."""
     steps = min(STEPS, config.max_steps or STEPS)
     with tempfile.TemporaryDirectory() as folder:
         trial_config = replace(
@@ -125,7 +125,7 @@ def trial(config: ConfigT) -> Iterator[tuple[ConfigT, RunFolder]]:
 
 
 def time_steps(trainer: Trainer) -> list[float]:
-    """Seconds of the first steps, without that of the very first if there are others."""
+    """Seconds of the first steps; the very first is left out unless it is the only one."""
     seconds: list[float] = []
     for step in trainer.step_seconds(min(STEPS, len(trainer.loader))):
         seconds.append(step)
@@ -142,7 +142,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def prompt_lengths(examples: Any, numbers: np.ndarray) -> np.ndarray:
-    """(n,) tokens of training prompts or documents."""
+    """(n,) lengths in tokens of the training prompts or documents with these numbers."""
     if isinstance(examples, TrainingPrompts):
         prompts = (examples.example(number)[:2] for number in numbers)
         return np.array([len(examples.prompts.encode(*prompt)) for prompt in prompts])
@@ -150,7 +150,7 @@ def prompt_lengths(examples: Any, numbers: np.ndarray) -> np.ndarray:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Highest memory so far in bytes: the GPU's, or this process's."""
+    """Peak memory so far in bytes: reserved on the GPU, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -158,7 +158,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def show_settings(config: ConfigT, trial_config: ConfigT, record: Mapping[str, Any]) -> None:
-    """Print what would be in ``config.json``, given that of the trial."""
+    """Print what ``config.json`` would contain, given the trial's ``record``."""
     own, of_trial = asdict(config), asdict(trial_config)
     shown = {name: value for name, value in record.items() if name not in HIDDEN}
     width = max(map(len, shown))
@@ -175,7 +175,7 @@ def show(
     step_seconds: list[float],
     evaluation: Evaluation,
 ) -> None:
-    """Print the number of steps, and the estimates."""
+    """Print the number of steps and the estimates of time and memory."""
     epoch = len(trainer.loader)
     total = settings.total_steps(epoch)
     validations = -(-total // (settings.val_steps or epoch))
@@ -200,7 +200,7 @@ def show(
 
 
 def duration(seconds: float) -> str:
-    """A time for people."""
+    """Format a time in seconds, minutes or hours."""
     if seconds < 60:
         return f"{seconds:.2g} s"
     minutes = round(seconds / 60)

@@ -12,7 +12,7 @@
 ``fusion.json``            the weights of both stages
 ========================== =====================================================================
 
-The last four are those of a ranker.
+The last four are written only for a ranker.
 """
 
 from __future__ import annotations
@@ -84,11 +84,11 @@ def export_run(
 def export_data(
     data: SequenceDataset, prompts: PromptBuilder | TitlePrompts | None, folder: Path
 ) -> None:
-    """Write the names behind the numbers of users and items.
+    """Write the names of users and items by their numbers, and the titles of items.
 
     Args:
         data: the data set.
-        prompts: the ranker's prompts, to write titles as they are in prompts.
+        prompts: the ranker's prompts, to write titles also as they are in prompts; or None.
         folder: folder of the files.
     """
     columns = {
@@ -160,7 +160,7 @@ def export_rankings(run_dir: Path, data: SequenceDataset, folder: Path) -> None:
 
 
 def export_model(run_dir: Path, num_items: int, folder: Path, *, mask_history: bool) -> int:
-    """Write the retriever as a program, and return the number of items that it reads."""
+    """Write the retriever as a program, and return the length of the histories that it takes."""
     with advice(RETRAIN):
         retriever = load_retriever(run_dir, num_items)
     program = export_retriever(retriever, mask_history=mask_history)
@@ -169,7 +169,7 @@ def export_model(run_dir: Path, num_items: int, folder: Path, *, mask_history: b
 
 
 def export_ranker(run_dir: Path, ranker: FinishedRanker, folder: Path) -> None:
-    """Write the adapter, what surrounds titles, and the fusion."""
+    """Write the adapter, the fusion, and the prompt around titles."""
     with advice(RERANK), reading(run_dir / ADAPTER):
         check_adapter(run_dir / ADAPTER)
         shutil.copytree(run_dir / ADAPTER, folder / ADAPTER)
@@ -187,7 +187,7 @@ def export_ranker(run_dir: Path, ranker: FinishedRanker, folder: Path) -> None:
 
 
 def prompt_record(prompts: PromptBuilder | TitlePrompts) -> dict[str, Any]:
-    """What surrounds titles in a prompt."""
+    """The prompt around titles, for ``prompt.json``."""
     if isinstance(prompts, TitlePrompts):
         return {"verbalizer": "titles", "heading_token_ids": prompts.heading.tolist()}
     return {

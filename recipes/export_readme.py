@@ -155,7 +155,7 @@ def readme(
     Args:
         run_dir: the run.
         data: its data set.
-        max_len: items that the retriever reads.
+        max_len: length of the histories that the retriever takes.
         mask_history: whether the items of a history are excluded.
         base_model: the ranker's language model.
         verbalizer: ``letters``, ``titles`` or ``guided``; None for a retriever.

@@ -93,7 +93,7 @@ def train(
     print(
         f"\n{data.code}, {language_model.base.name}, best at step {progress.best_step:,}: all "
         f"users, then (sub) those whose target is among the candidates.\n"
-        "Log-loss on the latter: "
+        "Log-loss on these (sub): "
         + ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
         + "\n"
     )
@@ -113,7 +113,11 @@ def set_up(
     prompts: PromptBuilder | TitlePrompts,
     details: Mapping[str, Any],
 ) -> tuple[Trainer, Evaluator]:
-    """Build everything that training needs, and open the run's folder."""
+    """Build everything that training needs, and open the run's folder; arguments as in ``train``.
+
+    Raises:
+        UserError: the run does not fit in memory, or files that it needs cannot be used.
+    """
     accelerator = make_accelerator(config.device, config.seed)
     check_memory(language_model, config)
     verbalizer = build_verbalizer(
@@ -225,7 +229,7 @@ class Evaluator:
         return metrics | self.verbalizer.learned_weights(self.model)
 
     def save_best(self) -> None:
-        """Keep the adapter of the latest validation."""
+        """Save the adapter of the latest validation, and keep its scores."""
         self._best_scores = self._latest_scores
         in_main_process(save_adapter)(self.model, self.adapter)
 
@@ -264,7 +268,7 @@ class Results(NamedTuple):
 
     Attributes:
         rankings: arrays of ``rankings.npz`` by name.
-        metrics: metrics by the name of their file.
+        metrics: metrics by file: ``subset``, ``retrieval``, ``overall`` and ``fused``.
         retriever_subset: metrics of the retriever on the users whose target was retrieved.
         fusion: content of ``fusion.json``.
     """
@@ -276,7 +280,7 @@ class Results(NamedTuple):
 
 
 def evaluate(evaluator: Evaluator) -> Results:
-    """Fit the fusion on validation, then rank the candidates of the test split."""
+    """Fit the fusion on the validation split, then rank the candidates of the test split."""
     ks = evaluator.config.rerank_metric_ks
     tasks = {split: evaluator.ranking_task(split) for split in SPLITS}
     fusions = fit_fusions(evaluator.verbalizer, tasks["val"])

@@ -60,8 +60,8 @@ def train(
         config: all settings.
         data: the data set.
         run: the run's folder, reserved for this process.
-        augmented: generated interactions to train on as well.
-        encoder: text encoder whose title encodings initialize the item embeddings.
+        augmented: generated interactions to train on in addition, or None.
+        encoder: text encoder whose title encodings initialize the item embeddings, or None.
     """
     if is_finished(run, config):
         print_metrics(run.path / TEST_METRICS, "test")
@@ -88,11 +88,15 @@ def set_up(
     augmented: Interactions | None,
     encoder: BaseModel | None,
 ) -> tuple[Trainer, Evaluator]:
-    """Build everything that training needs, and open the run's folder."""
+    """Build everything that training needs, and open the run's folder; arguments as in ``train``.
+
+    Raises:
+        UserError: the model does not fit in memory.
+    """
     encodings = title_encodings(config, data, encoder) if encoder else None
     accelerator = make_accelerator(config.device, config.seed)
     check_memory(config, data.num_items, accelerator.device)
-    # Only training sees generated interactions; histories and targets stay as they are.
+    # Generated interactions are only trained on; histories and targets in evaluation are real.
     training_data = merge(data, augmented, config.augmented_place) if augmented else data
     windows = training_windows(config, training_data)
     sampler = ShuffledBatches(len(windows), config.train_batch_size, config.seed)
@@ -169,7 +173,7 @@ def title_encodings(
 def training_windows(
     config: RetrieverConfig, data: SequenceDataset
 ) -> TrainingWindows | MaskedWindows:
-    """Training examples of the model."""
+    """The training examples that the model needs."""
     if config.model_code == "bert":
         return MaskedWindows(
             data, config.max_len, config.sliding_window_size, config.mask_prob, config.seed
@@ -263,7 +267,13 @@ class Evaluator:
 
 
 class Results(NamedTuple):
-    """Results of a finished run."""
+    """Results of a finished run.
+
+    Attributes:
+        val_metrics: metrics on the validation split.
+        test_metrics: metrics on the test split.
+        candidates: candidates of all users by split.
+    """
 
     val_metrics: Metrics
     test_metrics: Metrics
@@ -289,7 +299,7 @@ def write(results: Results, data: SequenceDataset, run: RunFolder) -> None:
 @in_main_process
 def save_weights(model: Retriever, path: Path) -> None:
     """Write the weights, complete or not at all."""
-    # Copies, since cuDNN keeps the weights of a GRU in one buffer, which safetensors refuses.
+    # Copies: cuDNN keeps the weights of a GRU in one buffer, and safetensors refuses shared memory.
     weights = {name: weight.to("cpu", copy=True) for name, weight in model.state_dict().items()}
     with atomic_path(path) as temporary:
         save_file(weights, temporary)

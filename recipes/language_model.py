@@ -33,13 +33,13 @@ class LanguageModel(NamedTuple):
     Attributes:
         base: its files.
         revision: the hub's commit, or a hash of the folder's content.
-        tokenizer_revision: the same for the tokenizer.
+        tokenizer_revision: likewise for the tokenizer.
         tokenizer: its tokenizer, or the one that the flags name.
         eos_id: token that ends a sequence.
         device: ``cpu`` or ``cuda``.
         in_4bit: whether the frozen weights are quantized to NF4.
         fused_kernels: whether to use Liger's kernels.
-        max_tokens: most tokens per micro-batch in training.
+        max_tokens: maximum number of tokens per micro-batch in training.
         packs: whether prompts reach the model without padding, once it is loaded.
     """
 
@@ -140,7 +140,7 @@ def _find(name: str, config: LanguageModelConfig, *, needs_weights: bool = True)
 
 
 def use_liger(flag: bool | None, device: str, folder: Path) -> bool:
-    """Decide whether to use Liger's kernels, and say so if the flag does not.
+    """Decide whether to use Liger's kernels, and print a note if they are used by default.
 
     Args:
         flag: the flag's value, None for auto.

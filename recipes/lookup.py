@@ -1,4 +1,4 @@
-"""Finding users by their identifiers and items by what somebody calls them."""
+"""Finding users by their identifiers and items by approximate titles."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from datasets import SequenceDataset
 from errors import UserError
 
 CERTAIN = 100.0  # matches below are pointed out
-ALL_WORDS = 95.0  # a title with all words of the query, and others
-PART = 0.9  # a title of which only a part resembles the query
-ACCEPTED = 75.0
+ALL_WORDS = 95.0  # score of a title with all words of the query
+PART = 0.9  # discount if only a part of a title resembles the query
+ACCEPTED = 75.0  # matches below are refused
 SHOWN = 3
 SHOWN_WIDTH = 60
 YEAR = re.compile(r"\s*\(\d{4}\)$")
@@ -58,7 +58,7 @@ def find_user(data: SequenceDataset, name: str) -> int:
 
 
 def find_items(data: SequenceDataset, queries: Sequence[str]) -> list[Match]:
-    """Items with the most similar titles; of equally similar ones, the most popular.
+    """Items with the titles most similar to the queries; of equally similar ones, the most popular.
 
     Raises:
         UserError: no title resembles a query.
@@ -81,10 +81,11 @@ def find_items(data: SequenceDataset, queries: Sequence[str]) -> list[Match]:
 
 
 def _similarities(query: str, titles: Sequence[str]) -> np.ndarray:
-    """How similar titles are to a query, 0 to 100 each.
+    """(num_titles,) similarities of titles to a query, from 0 to 100.
 
-    It is the similarity of the whole title; or of the part most like the query, at a discount. A
-    year at the end counts only if the query has one too.
+    A title's similarity is the highest of three: that of the whole title, that of its most similar
+    part at a discount, and ``ALL_WORDS`` if it has all words of the query. A year at the end counts
+    only if the query has one too.
     """
     if not re.search(r"\d{4}\)?$", query):
         titles = [YEAR.sub("", title) for title in titles]

@@ -1,10 +1,10 @@
-"""Retrievers that have not seen the users they are asked about, and what they expect.
+"""Probabilities from retrievers that were trained on other users.
 
-A ranker that builds on a retriever must learn from interactions that the retriever has not seen, as
-it will rank such interactions. So the users are split into K folds, and a retriever is trained
-without each fold, with the settings of the finished run and as many passes over the data. These
-retrievers are runs of their own in the folder ``folds`` of the retriever's run, where other rankers
-find them.
+A ranker that corrects a retriever must learn from interactions that the retriever has not seen,
+since it will have to rank such interactions. So the users are split into K folds, and for each fold
+a retriever is trained on the other users, with the settings of the finished run and for as many
+passes over the data. These retrievers are runs of their own in the folder ``folds`` of the
+retriever's run, where later rankers find them.
 """
 
 from __future__ import annotations
@@ -44,13 +44,16 @@ RETRAIN = "run train_retriever.py again, or set --retriever_prior false"
 def training_prior(
     config: RankerConfig, data: SequenceDataset, interactions: np.ndarray, device: torch.device
 ) -> RetrieverPrior:
-    """Probabilities before training interactions, by retrievers that have not seen their users.
+    """Probabilities before training interactions, from retrievers trained on other users.
 
     Args:
         config: all settings.
         data: the data set.
-        interactions: (n,) ascending indices into ``data.item_ids``.
+        interactions: (n,) ascending indices into ``data.item_ids``, without users' first items.
         device: device of the retrievers.
+
+    Raises:
+        UserError: the retriever's run cannot be used, or there are too few users.
     """
     with advice(RETRAIN):
         settings = retriever_config(config)
@@ -78,13 +81,16 @@ def training_prior(
 def evaluation_prior(
     config: RankerConfig, data: SequenceDataset, split: str, device: torch.device
 ) -> RetrieverPrior:
-    """Probabilities after the histories of all users, by the retriever itself.
+    """Probabilities after the histories of all users, from the retriever itself.
 
     Args:
         config: all settings.
         data: the data set.
         split: ``val`` or ``test``.
         device: device of the retriever.
+
+    Raises:
+        UserError: the retriever's run cannot be used.
     """
     with advice(RETRAIN):
         settings = retriever_config(config)
@@ -119,7 +125,7 @@ def generated_interactions(
     """The generated interactions that a finished run was trained on, if any.
 
     Raises:
-        UserError: they are not there any more, or others are.
+        UserError: they are missing, damaged or have changed since.
     """
     if settings.augmented is None:
         return None
@@ -132,12 +138,12 @@ def generated_interactions(
 
 
 def user_folds(num_users: int, folds: int, seed: int) -> np.ndarray:
-    """(num_users,) fold of each user, at random, of equal size but for one user."""
+    """(num_users,) random fold of each user; sizes of the folds differ by at most one."""
     return np.random.default_rng(seed).permutation(num_users) % folds
 
 
 def users_of(data: SequenceDataset, selected: np.ndarray) -> SequenceDataset:
-    """The data set of some users (n,) bool, with the whole catalogue."""
+    """The data set of the ``selected`` users (num_users,) bool, with the whole catalogue."""
     lengths = np.diff(data.offsets)
     return replace(
         data,
@@ -161,7 +167,7 @@ def fold_retriever(
         config: all settings.
         settings: those of the retriever, with the steps that it was trained for.
         data: the data set.
-        augmented: generated interactions that the retriever was trained on as well.
+        augmented: generated interactions that the retriever was also trained on, or None.
         fold_of: (num_users,) fold of each user.
         fold: the fold.
 
@@ -189,7 +195,7 @@ def fold_retriever(
     if augmented:
         augmented = augmented.of_users(others)
         inputs.append(augmented.fingerprint().encode())
-    # Devices differ by rounding alone, so folds of another one are kept.
+    # Devices differ only by rounding, so retrievers trained on another device are kept.
     fingerprint = run_fingerprint(settings, {}, data, *inputs, exclude=("device",))
     run = RunFolder(path, (WEIGHTS,), fingerprint)
     # The caller's random state must not depend on whether a retriever is trained or found.
@@ -217,7 +223,7 @@ def best_step(run_dir: Path, metric: str) -> int:
 
 
 def encode(retriever: Retriever, examples: Dataset, num_workers: int) -> np.ndarray:
-    """(n, D) encodings of the sequences of evaluation examples."""
+    """(n, D) float32 encodings of the sequences of evaluation examples."""
 
     def step(batch: dict[str, Any]) -> dict[str, Tensor]:
         return {"encodings": retriever.encode(batch["sequences"]).float()}

@@ -20,14 +20,14 @@ from errors import UserError
 from storage import reading
 
 ROWS = 65_536  # read at once
-RECENT = 65_536  # users whose names are remembered; memory must not grow with the table
+RECENT = 65_536  # number of names remembered, so that memory does not grow with the table
 
 
 class Person(NamedTuple):
-    """Somebody to recommend items to.
+    """A user to recommend items to, of the data set or not.
 
     Attributes:
-        name: identifier.
+        name: identifier in the table.
         history: (n,) items, oldest first.
     """
 
@@ -38,10 +38,10 @@ class Person(NamedTuple):
 class People:
     """The users of a table, in its order; those without a known item are counted and left out.
 
-    A table with a column ``user`` lists users of the data set. One with ``user``, ``item`` and
-    ``timestamp`` has the interactions of anybody, all rows of a user next to each other: a user who
-    appears again is refused if at most ``RECENT`` others lie between. Files and their columns are
-    named as in custom data.
+    A table with only a column ``user`` lists users of the data set. One with ``user``, ``item`` and
+    ``timestamp`` has the interactions of any users, all rows of a user next to each other: a user
+    who appears again is refused if at most ``RECENT`` others lie between. Files and their columns
+    are named as in custom data.
 
     Args:
         path: CSV, TSV, Parquet or ``.inter`` file.
@@ -50,6 +50,9 @@ class People:
     Attributes:
         has_interactions: whether the table has interactions.
         num_skipped, first_skipped: how many users were left out so far, and the first one.
+
+    Raises:
+        UserError: the table cannot be read or lacks a column, also while iterating.
     """
 
     def __init__(self, path: Path, data: SequenceDataset) -> None:
@@ -86,7 +89,7 @@ class People:
             self.num_skipped += 1
 
     def parts(self, size: int) -> Iterator[list[Person]]:
-        """Lists of ``size`` people, the last one perhaps shorter."""
+        """Yield lists of ``size`` people; the last one may be shorter."""
         part: list[Person] = []
         for person in self:
             part.append(person)

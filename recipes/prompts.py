@@ -20,12 +20,12 @@ def build_prompts(
     num_candidates: int,
     language_model: LanguageModel,
 ) -> PromptBuilder | TitlePrompts:
-    """The builder of prompts for training and evaluation.
+    """Build the prompt builder for training and evaluation.
 
     Args:
         config: all settings.
         data: the data set.
-        num_candidates: most candidates in a prompt with letters.
+        num_candidates: maximum number of candidates in a prompt with letters.
         language_model: the base model.
 
     Raises:
@@ -67,7 +67,7 @@ def note_few_items(config: RankerConfig, data: SequenceDataset) -> None:
     if short:
         print(
             f"note: {short:,} users have training prompts with fewer than {asked:,} negatives "
-            f"(--llm_negative_sample_size): they know most of the {data.num_items:,} items",
+            f"(--llm_negative_sample_size): too few of {data.num_items:,} items are new to them",
             file=sys.stderr,
         )
 
@@ -78,6 +78,6 @@ def note_equal_titles(data: SequenceDataset) -> None:
     if num_equal:
         print(
             f"note: {num_equal:,} of {data.num_items:,} items have the title of another item, so "
-            "that their scores are equal",
+            "their scores are equal",
             file=sys.stderr,
         )

@@ -1,10 +1,10 @@
 """Recommendations for a table of users on Ray, on one machine or on a cluster.
 
 Ray Data runs a pool of actors, one for each core or GPU, and restarts those that fail. A task is
-the number of a part. Each actor reads the table itself, up to its part, and writes the part's file,
-so that no data passes through Ray, and files are the same as those of a single process.
+the number of a part. Each actor reads the table itself, up to its part, and writes the part's file.
+No data passes through Ray, and the files are the same as those of a single process.
 
-This module is imported only if asked for: Ray is an optional requirement.
+This module is imported only for ``--engine ray``: Ray is an optional requirement.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ ROOT = Path(__file__).parent.parent
 
 
 class Worker:
-    """An actor of the pool. It returns mistakes: Ray would bury them in traces of its own.
+    """An actor of the pool. It returns a ``UserError``: Ray would bury it in traces of its own.
 
     Args:
         job: the table.
-        folder: working folder of the process that asked, which relative paths start from.
+        folder: working directory of the process that started Ray, for relative paths.
     """
 
     def __init__(self, job: Job, folder: Path) -> None:
@@ -40,7 +40,7 @@ class Worker:
         self.writer: PartWriter | None = None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Write the parts of a batch and return their numbers of users."""
+        """Write the parts of a batch, and return their numbers of users and error messages."""
         try:
             self.writer = self.writer or PartWriter(self.job)
             users = [self.writer.write(int(index)) for index in batch["item"]]
@@ -60,7 +60,7 @@ class RayEngine:
         self.num_workers = num_workers
 
     def __call__(self, job: Job, people: People) -> Iterator[int]:
-        """Write the missing parts and yield the number of users of each part."""
+        """Write the missing parts, and yield the number of users of every part."""
         sizes = [len(part) for part in people.parts(job.part_users)]
         missing = [index for index in range(len(sizes)) if not job.part_path(index).exists()]
         done = set(range(len(sizes))) - set(missing)

@@ -1,7 +1,7 @@
 """Recommendations from a finished run of either stage, after any history.
 
-Both stages are those of the evaluation. They see each history as that of a user whose next item is
-to be predicted, so that scores after a history cut before the test target are those of the run.
+Both stages run as in evaluation: a history is that of a user whose next item is to be predicted.
+For a user's history before the test target, the scores are therefore those of the run.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Recommendations(NamedTuple):
 
 
 def with_histories(data: SequenceDataset, histories: Sequence[np.ndarray]) -> SequenceDataset:
-    """A data set whose users' histories before the test target are ``histories``."""
+    """A data set with one user for each history, which precedes the user's test target."""
     lengths = [len(history) + 1 for history in histories]
     parts = [np.append(history, ANY_ITEM).astype(np.int32) for history in histories]
     return replace(
@@ -103,7 +103,7 @@ class Recommender:
             self.retrieve = partial(retrieve_approximately, self.retriever, index)
 
     def recommend(self, histories: Sequence[np.ndarray], k: int) -> Recommendations:
-        """Recommend the k best items after each history, which must not be empty."""
+        """Recommend the k best items for each history; histories must not be empty."""
         data = with_histories(self.data, histories)
         spec = self.retriever.spec
         examples = Histories(data, "test", spec.max_len, spec.mask_token)

@@ -20,7 +20,7 @@ from trainer.fingerprint import fingerprint
 from trainer.run_folder import CONFIG, RunFolder
 
 FROM_SCRATCH = "start from scratch with --overwrite"
-TIED_SHARE = 0.01  # of the users; more are pointed out
+TIED_SHARE = 0.01  # share of users with tied targets above which a note is printed
 
 
 def load_data(config: CommonConfig) -> SequenceDataset:
@@ -44,7 +44,7 @@ def load_data(config: CommonConfig) -> SequenceDataset:
 
 
 def describe_data(data: SequenceDataset, ties: str) -> None:
-    """Print the statistics of a data set, and how far its order is arbitrary."""
+    """Print the statistics of a data set, and a note if many test targets have tied timestamps."""
     print(data.summary())
     if data.num_tied_targets > TIED_SHARE * data.num_users:
         order = "of their item numbers" if ties == "item" else "of the file"
@@ -56,7 +56,11 @@ def describe_data(data: SequenceDataset, ties: str) -> None:
 
 
 def find_encoder(config: RetrieverConfig) -> BaseModel | None:
-    """Download the text encoder that the flags name, unless it is there."""
+    """Locate the text encoder that the flags name, downloading it if necessary; None for none.
+
+    Raises:
+        UserError: it does not exist or cannot be downloaded.
+    """
     if config.title_encoder == "none":
         return None
     with flag_names(name="title_encoder"):
@@ -89,8 +93,11 @@ def run_fingerprint(
         config: all settings.
         details: resolved settings that replace those of the flags.
         data: the data set.
-        inputs: other inputs.
-        exclude: settings that do not matter here, beside the immaterial ones.
+        inputs: other inputs that the results depend on.
+        exclude: settings that do not matter here, in addition to the immaterial ones.
+
+    Returns:
+        Hex SHA-256.
     """
     settings = {
         name: value
@@ -120,7 +127,7 @@ def check_replaceable(run: RunFolder, config: CommonConfig) -> None:
 
 
 def is_finished(run: RunFolder, config: CommonConfig) -> bool:
-    """Whether ``--resume`` finds this very run finished; prints it in that case.
+    """Whether ``--resume`` finds this run already finished, in which case it says so.
 
     Raises:
         UserError: the folder holds another run.
@@ -136,7 +143,7 @@ def is_finished(run: RunFolder, config: CommonConfig) -> bool:
 
 @contextmanager
 def other_run_explained() -> Iterator[None]:
-    """Advise on a folder or checkpoint that belongs to another run."""
+    """Add advice to the error for a folder or checkpoint that belongs to another run."""
     with advice(
         "resume with the settings in its config.json, use another --export_root, or replace it "
         "with --overwrite"
@@ -146,7 +153,7 @@ def other_run_explained() -> Iterator[None]:
 
 @contextmanager
 def locked(run: RunFolder) -> Iterator[None]:
-    """Reserve the run's folder for this run; then its other processes, if any, may start.
+    """Reserve the run's folder for this run, then let its other processes, if any, start.
 
     Raises:
         UserError: another process uses it, or it cannot be written.
@@ -213,7 +220,11 @@ def check_own_folder(folder: Path, *, is_ours: bool) -> None:
 def data_config(
     run_dir: Path, settings: dict[str, Any], data_root: str | None, cache_root: str | None
 ) -> CommonConfig:
-    """The data settings of a finished run, with other folders where they are given."""
+    """The data settings of a finished run; ``data_root`` and ``cache_root`` override its folders.
+
+    Raises:
+        InputError: the settings are damaged.
+    """
     config = RankerConfig if "verbalizer" in settings else RetrieverConfig
     with reading(run_dir / CONFIG):
         known = reread(config, {name: settings[name] for name in DATA_FLAGS if name in settings})

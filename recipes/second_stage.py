@@ -61,8 +61,8 @@ def read_ranker(
         UserError: the run or its language model cannot be used.
     """
     with reading(run_dir / CONFIG):
-        # config.json has the resolved values: one is no value of the flag, and the other depends on
-        # the machine.
+        # config.json has resolved values: that of gradient_checkpointing is not a value of the
+        # flag, and that of use_liger_kernel depends on the machine.
         settings = settings | {"gradient_checkpointing": "false", "use_liger_kernel": None}
         known = {name: settings[name] for name in flags_of(RankerConfig) if name in settings}
         config = RankerConfig(**reread(RankerConfig, known))
@@ -103,13 +103,16 @@ class Ranker:
         self.verbalizer = build_verbalizer(config, data, {}, language_model, self.device, prompts)
 
     def text(self, history: np.ndarray, candidates: np.ndarray) -> str:
-        """What the language model reads of a history and its candidates (C,), best first."""
+        """What the language model reads of a history and its candidates (C,), best first.
+
+        With titles, this is the text of the history alone.
+        """
         if isinstance(self.prompts, TitlePrompts):
             return self.prompts.text(history)
         return self.prompts.text(history[-self.max_history :], candidates)
 
     def scores(self, data: SequenceDataset, candidates: Candidates) -> dict[str, np.ndarray]:
-        """(n, C) scores of the candidates by name: the features of the fusion, and fused."""
+        """(n, C) scores of the candidates by name: the features of the fusion, then ``fused``."""
         self.verbalizer.set_users(data, {"test": candidates})
         users = np.arange(data.num_users)
         own = self.verbalizer.score(self.model, "test", users, "rank")

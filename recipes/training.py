@@ -1,4 +1,4 @@
-"""What all scripts share around training: loop settings, the trainer, the run's log and config."""
+"""Training code that all scripts share: loop settings, the trainer, the run's log and config."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def loop_settings(
 
 
 def training_bytes(num_weights: int, config: CommonConfig) -> int:
-    """Memory of float32 weights, their gradients, the optimizer's state and the moving average."""
+    """Bytes of float32 weights, their gradients, the optimizer's state and the moving average."""
     moments = int(bool(config.momentum)) if config.optimizer == "SGD" else 2
     return 4 * num_weights * (2 + moments + bool(config.ema_decay))
 
@@ -170,8 +170,11 @@ def open_run(
         run: the run's folder.
         config: all settings.
         details: further content of ``config.json``, such as resolved settings.
-        resumed: whether to keep what is in the folder; by default if there is a checkpoint to
+        resumed: whether to keep what is in the folder; by default, if there is a checkpoint to
             resume from.
+
+    Raises:
+        UserError: a file cannot be written, or tracking cannot be started.
     """
     if resumed is None:
         resumed = config.resume and run.is_interrupted()
@@ -186,7 +189,7 @@ def open_run(
 
 @in_main_process
 def _prepare_folder(run: RunFolder, settings: Mapping[str, Any], resumed: bool) -> None:
-    """Clear the run's folder unless it is resumed, and write ``config.json`` if need be."""
+    """Clear the run's folder unless it is resumed, and write ``config.json`` if necessary."""
     path = run.path / CONFIG
     if not resumed:
         run.clear()
@@ -202,7 +205,7 @@ def _prepare_folder(run: RunFolder, settings: Mapping[str, Any], resumed: bool) 
 
 
 def is_readable(path: Path) -> bool:
-    """Whether a file of JSON is not damaged."""
+    """Whether a JSON file is undamaged."""
     try:
         read_json(path)
     except InputError:
@@ -212,7 +215,7 @@ def is_readable(path: Path) -> bool:
 
 @in_main_process
 def close_run(run: RunFolder, log: RunLog, summary: Mapping[str, Any]) -> None:
-    """Remove the checkpoint of a finished run and end its tracking."""
+    """Remove the checkpoint of a finished run, and send its results to the trackers."""
     run.checkpoint.unlink(missing_ok=True)
     log.close(summary)
 
@@ -259,7 +262,7 @@ def print_metrics(path: Path, title: str) -> None:
 
 
 def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> str:
-    """Format metrics as lines of text, one column per named dict."""
+    """Format metrics as lines of text, with a column for each of ``columns``."""
     names = [name for name in next(iter(columns.values())) if "@" in name]
     lines = [" " * 10 + "".join(f"{title:>16}" for title in columns)]
     lines += [

@@ -32,18 +32,18 @@ from trainer.loop import Advice
 GIB = 2**30
 LEAST_TOKENS = 2048  # below this, micro-batches on CUDA are too small to be efficient
 # Fixed cost of a micro-batch in tokens. On CUDA, launching its kernels takes 0.2 s, in which
-# Llama-2-7B computes on 3,600 tokens on an H100, and smaller models on more.
+# Llama-2-7B processes 3,600 tokens on an H100, and smaller models more.
 FIXED_TOKENS = {"cpu": 128, "cuda": 4096}
 
 
 def check_memory(
     language_model: LanguageModel, config: LanguageModelConfig, step: Sequence[Batch] = ()
 ) -> None:
-    """Refuse on the CPU what cannot fit in memory, where the system would end the run.
+    """Refuse on the CPU what cannot fit in memory, before the system ends the run.
 
-    On CUDA, torch reports it. The estimate is what a run takes at the least: weights that are not
-    read from their file whenever they are needed, as those in bfloat16 are; adapters with all that
-    their training keeps; and the inputs of the layers for the largest micro-batch.
+    On CUDA, torch reports it. The estimate is a lower bound: the weights, except those stored in
+    bfloat16, which are mapped from their file and read as needed; the adapters with gradients and
+    optimizer state; and the inputs of the adapted layers for the largest micro-batch.
 
     Args:
         language_model: the base model.
@@ -51,7 +51,7 @@ def check_memory(
         step: micro-batches of an optimizer step, if they are known.
 
     Raises:
-        UserError: it takes more memory than is free.
+        UserError: the run takes more memory than is free.
     """
     if language_model.device != "cpu":
         return
@@ -83,7 +83,7 @@ def check_memory(
     ):
         needed += size
         if needed > free:
-            beside = f", {needed / GIB:,.1f} GiB with all else" if needed > size else ""
+            beside = f", {needed / GIB:,.1f} GiB with everything else" if needed > size else ""
             raise UserError(
                 f"{flag}: {what} at least {size / GIB:,.1f} GiB{beside}, and {free / GIB:,.1f} GiB "
                 "are free: use a smaller one"
@@ -103,7 +103,7 @@ def load_with_adapters(
         language_model: the base model.
         config: all settings.
         accelerator: holds the device.
-        sharded: whether the processes share the frozen weights.
+        sharded: whether to split the frozen weights among the processes.
 
     Raises:
         UserError: the model cannot be loaded.
@@ -138,11 +138,11 @@ def load_with_adapters(
 def fit_memory(
     model: PeftModel, language_model: LanguageModel, config: LanguageModelConfig
 ) -> LanguageModel:
-    """Decide how the activations of a micro-batch fit in memory.
+    """Decide how to make the activations of a micro-batch fit in memory.
 
-    On CUDA, micro-batches become smaller unless the flags set their size. Where that would make
-    them too small to be efficient, and on the CPU, activations are recomputed instead: there the
-    size of micro-batches, and so the rounding, must not depend on what else the machine does.
+    On CUDA, micro-batches become smaller unless the flags set their size. Activations are
+    recomputed instead if micro-batches would become too small to be efficient, and on the CPU,
+    where their size, and thus rounding, must not depend on what else the machine does.
 
     Args:
         model: the model, on its device.
@@ -165,7 +165,7 @@ def fit_memory(
 
 
 def batch_limits(config: LanguageModelConfig, language_model: LanguageModel) -> BatchLimits:
-    """How large micro-batches get in training."""
+    """Limits on the size of micro-batches in training."""
     return BatchLimits(
         max_rows=config.lora_micro_batch_size or config.train_batch_size,
         max_tokens=language_model.max_tokens,

@@ -1,12 +1,12 @@
 """How the ranker presents candidates to the language model and reads its scores.
 
-- ``Letters``, the paper's: one prompt lists the candidates under letters, the logits of the letters
-  are the scores (section 3.2.2).
+- ``Letters``, the paper's: one prompt lists the candidates under letters, and the logits of the
+  letters are the scores (section 3.2.2).
 - ``Titles``: the log-likelihood of each candidate's title after the history is its score.
 - ``GuidedTitles``: titles too, but the language model corrects the retriever's probabilities.
 
-A verbalizer provides training examples, their loss, and features of the candidates. The features
-are what ``evaluation.fusion`` weighs against the retriever.
+A verbalizer provides training examples, their loss, and features of the candidates, which
+``evaluation.fusion`` combines with the retriever's log-probability.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ from recipes.tuning import batch_limits
 from trainer.loop import Metrics
 
 RETRIEVER_BATCH_SIZE = 256
-CATALOGUE_CHUNK = 32  # titles scored behind one heading
+CATALOGUE_CHUNK = 32  # titles scored after one heading
 CATALOGUE_ROWS = 8  # headings per batch
-LOG_RATIO = "title_log_ratio"  # of the probability by both models to the retriever's
+LOG_RATIO = "title_log_ratio"  # log of the guided probability over the retriever's
 Features = dict[str, np.ndarray]
 
 
 class Verbalizer(ABC):
-    """See the module's docstring.
+    """Presents candidates and reads their scores; see the module's docstring.
 
     Args:
         config: all settings.
@@ -90,7 +90,7 @@ class Verbalizer(ABC):
 
     @abstractmethod
     def training_examples(self, seen: np.ndarray) -> TrainingPrompts | TitleDocuments:
-        """Training examples, of which only the ones with the indices ``seen`` (n,) are used."""
+        """Training examples; only those with the indices ``seen`` (n,) will be used."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -106,13 +106,13 @@ class Verbalizer(ABC):
     def features(
         self, model: nn.Module, split: str, users: np.ndarray, scores: np.ndarray
     ) -> Features:
-        """(n, C) features of the candidates by name, the first from their scores.
+        """(n, C) features of the candidates by name; the first is computed from ``scores`` (n, C).
 
         The model must hold the best adapter.
         """
 
     def fuse_alone(self, features: Features, targets: np.ndarray) -> Fusion:
-        """Weights of the features as the ranker's own scores, fitted if there are several.
+        """Combine all features except the retriever's, with fitted weights if there are several.
 
         Args:
             features: (n, C) by name, the retriever's log-probability among them.
@@ -123,7 +123,7 @@ class Verbalizer(ABC):
         return fit_fusion(own, targets, base=main) if len(own) > 1 else Fusion({main: 1.0})
 
     def learned_weights(self, model: nn.Module) -> Metrics:
-        """What is trained beside the adapters, for the log."""
+        """What is trained in addition to the adapters, by name, for the log."""
         return {}
 
     def batch_size(self, split: str) -> int:
@@ -224,7 +224,7 @@ class _Titles(Verbalizer):
     """What both verbalizers with titles share: documents to train on, branches to score.
 
     Args:
-        args: as of ``Verbalizer``.
+        args: arguments of ``Verbalizer``.
         prompts: tokenizes the titles.
     """
 
@@ -316,14 +316,14 @@ class GuidedTitles(_Titles):
         self._priors = {}
 
     def training_examples(self, seen: np.ndarray) -> GuidedDocuments:
-        """Users' training sequences, with probabilities of retrievers that have not seen them."""
+        """Users' training sequences, with probabilities from retrievers trained on other users."""
         documents: GuidedDocuments = self.documents
         interactions = documents.interactions(seen)
         documents.prior = training_prior(self.config, self.data, interactions, self.device)
         return documents
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """Log-loss of the titles, less the retriever's."""
+        """Log-loss of the titles, minus the retriever's."""
         return guided_loss(model, batch, self.tokens)
 
     def score(
@@ -357,7 +357,7 @@ class GuidedTitles(_Titles):
         return dict(zip(names, prior_weights(model).tolist()))
 
     def fuse_alone(self, features: Features, targets: np.ndarray) -> Fusion:
-        """The log-probabilities as they are."""
+        """The guided log-probabilities themselves: the retriever's plus the log-ratio."""
         return Fusion({RETRIEVER: 1.0, LOG_RATIO: 1.0})
 
 

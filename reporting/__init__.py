@@ -1,1 +1,1 @@
-"""Reports on finished runs: tables beside the paper's, figures and comparisons. Needs no torch."""
+"""Reports on finished runs: the paper's tables, figures and comparisons. Needs no torch."""

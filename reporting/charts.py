@@ -18,7 +18,7 @@ from reporting.runs import Recipe
 from reporting.second_stage import Group, Letters
 from reporting.statistics import summarize
 
-# Text and axes are drawn in a color that nothing else has, which becomes that of the page's text.
+# Text and axes are drawn in a color that nothing else has; it is replaced by the page's text color.
 INK = "#010203"
 STYLE: Any = {
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK,
@@ -27,10 +27,10 @@ STYLE: Any = {
     "font.family": "sans-serif", "font.size": 10, "axes.spines.top": False,
     "axes.spines.right": False, "svg.hashsalt": "report",
 }  # fmt: skip
-# Okabe and Ito's palette, for readers who see few colors; readable on white and on black.
+# Okabe and Ito's palette for color-blind readers; readable on white and on black.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
-SHORT_CURVE = 2  # fewer validations are no curve
+SHORT_CURVE = 2  # a curve of this many validations or fewer is not drawn
 LETTER_LABELS = {
     "targets": "is the target's",
     "chosen": "is chosen",
@@ -45,7 +45,7 @@ PAPER_TITLE_TOKENS = 20
 
 
 def means_chart(recipes: Sequence[Recipe], metric: str, paper: Mapping[str, float]) -> str:
-    """Each recipe's mean with its interval, and the paper's value of its model as a cross.
+    """Each recipe's mean with its interval, and the paper's value for its model as a cross.
 
     Args:
         recipes: the recipes of a data set.
@@ -94,11 +94,11 @@ def curves_chart(recipes: Sequence[Recipe], metric: str) -> str | None:
 
 
 def groups_chart(groups: Sequence[Group], what: str, metric: str) -> str:
-    """Means of groups of users by scores, with their intervals.
+    """Means of a metric for groups of users and kinds of scores, with their intervals.
 
     Args:
         groups: the groups.
-        what: the property that they differ in.
+        what: the property by which users are grouped.
         metric: the metric.
     """
     names = list(groups[0].means)
@@ -134,11 +134,11 @@ def letters_chart(letters: Letters) -> str:
 
 
 def inference_chart(rows: Sequence[Mapping[str, Any]], paper_s: float) -> str:
-    """Seconds a user against the length of titles, for each way to rank; crosses: the paper.
+    """Seconds per user by length of the titles, for each way to rank; the paper as a cross.
 
     Args:
         rows: the rows of ``benchmarks.ranker_inference``.
-        paper_s: the paper's seconds of generation at titles of 20 tokens.
+        paper_s: the paper's seconds for generating titles of 20 tokens.
     """
     with rc_context(STYLE):
         figure = Figure(figsize=(8, 3.4), layout="constrained")

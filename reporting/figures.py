@@ -1,4 +1,4 @@
-"""The figure of the report: test metrics beside the paper's, and learning curves."""
+"""The figure of the report: test metrics with the paper's, and learning curves."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def draw(
 
     Args:
         recipes: the recipes of each data set.
-        paper: the paper's metrics of each data set and model, on all users.
+        paper: the paper's metrics for each data set and model, on all users.
         path: the PNG file to write.
     """
     present = {_stage(recipe) for of_dataset in recipes.values() for recipe in of_dataset}

@@ -35,7 +35,7 @@ METRIC, METRIC_NAME, METRIC_K = "NDCG@10", "NDCG", 10
 
 
 class Cell(NamedTuple):
-    """A cell of a table: its text, the interval of its value, whether it is its column's best."""
+    """A cell of a table: text, interval of the value, and whether it is the best of its column."""
 
     text: str
     interval: str = ""
@@ -62,9 +62,9 @@ def report_page(
     Args:
         recipes: the recipes of each data set.
         paper: the paper's numbers, the content of ``experiments/paper.json``.
-        datasets: the data sets that could be loaded, by code. Without them, the page has no
+        datasets: the data sets that could be loaded, by code. For the others, the page has no
             titles, and no metrics by length of the history or popularity.
-        title: its title.
+        title: title of the page.
         inference: the rows of ``benchmarks.ranker_inference``, for Figure 3.
     """
     folder = Path(__file__).parent
@@ -108,7 +108,7 @@ def _dataset_part(
 
 
 def _size(data: SequenceDataset, published: Mapping[str, float] | None) -> str:
-    """The size of a data set beside the paper's (Table 2)."""
+    """The size of a data set, followed by the paper's (Table 2)."""
     size = data.summary().partition(": ")[2]
     if published is None:
         return size

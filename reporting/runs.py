@@ -16,7 +16,7 @@ from storage import read_arrays, read_json, reading
 from trainer.run_folder import CONFIG, LOG, SEARCH, SEARCH_RUNS
 
 LRUREC, RANKER = "LRURec", "LlamaRec"
-# Names in the paper by model code.
+# The paper's names of the models, by model code.
 PAPER_MODELS = {"lru": LRUREC, "sas": "SASRec", "bert": "BERT4Rec", "narm": "NARM"}
 MODEL_ORDER = (*PAPER_MODELS.values(), RANKER)
 # Entries of config.json that may differ between runs of one recipe.
@@ -34,7 +34,8 @@ class Run(NamedTuple):
         folder: its run folder.
         settings: the content of its ``config.json``.
         ranks: (num_users,) 1-based rank of each user's test target.
-        retrieved: (num_users,) users of Table 3: those whose target is among the candidates.
+        retrieved: (num_users,) whether a user belongs to Table 3: the target is among the
+            candidates.
         fused_ranks: (num_users,) the ranks by the fused scores of both stages, for a ranker.
         search: the content of its ``search.json`` if a grid search selected this run.
         is_fused: whether ``ranks`` are by fused scores.
@@ -82,7 +83,7 @@ class Run(NamedTuple):
         return recipe
 
     def fused(self) -> Run | None:
-        """The same run ranked by its fused scores; None unless it is a ranker's."""
+        """The same run, ranked by its fused scores; None if it has none."""
         if self.fused_ranks is None:
             return None
         return self._replace(ranks=self.fused_ranks, fused_ranks=None, is_fused=True)
@@ -185,10 +186,10 @@ def read_runs(folder: Path) -> list[Run]:
 def on_lrurec_users(run: Run, runs: Sequence[Run]) -> Run:
     """Take a baseline's Table 3 users from the run of LRURec that resembles it most.
 
-    Table 3 of the paper covers the users whose target LRURec retrieved, for every model: on users
+    For every model, Table 3 of the paper covers the users whose target LRURec retrieved: on users
     of its own, each model would be evaluated where it does best. Of several LRURec runs, one with
-    the same preset is preferred, then one with the same seed, the same augmentation, and both or
-    neither selected by a grid search.
+    the same preset is preferred, then one with the same seed, then the same augmentation, then one
+    that was selected by a grid search if and only if the baseline was.
 
     Args:
         run: any run; only baselines change.

@@ -1,4 +1,4 @@
-"""What a ranker does to its retriever's order: gains, ranks before and after, by user and item."""
+"""How a ranker changes its retriever's order: gains, ranks before and after, groups of users."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ NUM_EXAMPLES = 20
 NUM_GROUPS = 3
 SHOWN_HISTORY = 8
 FUSION = "fusion.json"
-SEED = 0  # of the users that are shown
+SEED = 0  # selects the users that are shown
 
 
 class Effect(NamedTuple):
-    """The S runs of a ranker beside their retrievers.
+    """The S runs of a ranker compared with their retrievers.
 
     Attributes:
         runs: the ranker's runs.
-        ranks: (S, num_users) rank of each user's target by scores: ``retriever``, ``two stages``
-            and ``fused``.
+        ranks: (S, num_users) rank of each user's target by kind of scores: ``retriever``, ``two
+            stages`` and ``fused``.
         retrieved: (S, num_users) whether the target is among the candidates.
-        log_losses: mean log-loss on those users by the same scores, as far as it is recorded.
+        log_losses: mean log-loss on the retrieved users by the same keys; empty if not recorded.
     """
 
     runs: list[Run]
@@ -42,11 +42,11 @@ class Effect(NamedTuple):
 
     @property
     def scores(self) -> list[str]:
-        """The kinds of scores beside the retriever's."""
+        """The kinds of scores other than the retriever's."""
         return [scores for scores in self.ranks if scores != "retriever"]
 
     def differences(self) -> dict[str, dict[str, Difference]]:
-        """By scores and metric, both stages minus the retriever, gains averaged over seeds."""
+        """Both stages minus the retriever by kind of scores and metric, averaged over seeds."""
         gains = {
             scores: {
                 metric: user_gains(ranks, *split_metric(metric)).mean(axis=0) for metric in METRICS
@@ -77,7 +77,7 @@ class Effect(NamedTuple):
 
 
 def find_effects(recipes: Sequence[Recipe]) -> dict[str, Effect]:
-    """The effect of each ranker among the recipes, by its name.
+    """The effect of each ranker among the recipes, by the recipe's name.
 
     Raises:
         InputError: a retriever's run or a ``fusion.json`` is damaged.
@@ -88,7 +88,7 @@ def find_effects(recipes: Sequence[Recipe]) -> dict[str, Effect]:
 
 
 def find_effect(recipe: Recipe) -> Effect | None:
-    """Read the retrievers of a ranker's runs; None if the scores are fused or all are gone.
+    """Read the retrievers of a ranker's runs; None if its ranks are fused or no retriever is left.
 
     Raises:
         InputError: a retriever's run or a ``fusion.json`` is damaged.
@@ -116,7 +116,7 @@ def _retriever_of(run: Run) -> Run | None:
 
 
 def _log_losses(runs: Sequence[Run]) -> dict[str, float]:
-    """The test's log-losses in the runs' ``fusion.json``, means over the runs."""
+    """Log-losses on the test split from the runs' ``fusion.json``, averaged over the runs."""
     paths = [run.folder / FUSION for run in runs]
     if not all(path.exists() for path in paths):
         return {}
@@ -135,7 +135,7 @@ class Group(NamedTuple):
     Attributes:
         label: which users.
         num_users: how many.
-        means: mean of a metric with its 95% interval, by scores.
+        means: mean of a metric, lower and upper end of its 95% interval, by kind of scores.
     """
 
     label: str
@@ -146,11 +146,11 @@ class Group(NamedTuple):
 def groups(effect: Effect, values: np.ndarray, metric: str, k: int) -> list[Group]:
     """Means of a metric for groups of users of about equal size, by some property.
 
-    Users for whom it is 0 are a group of their own.
+    Users for whom the property is 0 form a group of their own.
 
     Args:
         effect: the ranks.
-        values: (num_users,) the property, whole numbers.
+        values: (num_users,) the property, a whole number for each user.
         metric: name of the metric.
         k: its cut-off.
     """
@@ -173,7 +173,7 @@ def groups(effect: Effect, values: np.ndarray, metric: str, k: int) -> list[Grou
 
 
 def user_properties(data: SequenceDataset) -> dict[str, np.ndarray]:
-    """Properties of the users by what they are called."""
+    """(num_users,) properties of the users, by their description in the report."""
     popularity = data.training_counts()[data.targets("test")]
     return {
         "interactions before the target": np.diff(data.offsets) - 1,
@@ -196,9 +196,9 @@ class Letters(NamedTuple):
 
 
 def letters(effect: Effect) -> Letters | None:
-    """Which letters the runs of a ranker chose; None if it reads no letters, or in random orders.
+    """Which letters the runs of a ranker chose; None without letters, or with permutations.
 
-    In evaluation, letters are in the retriever's order.
+    Without permutations, letters are in the retriever's order in evaluation.
 
     Raises:
         InputError: the rankings or candidates are damaged.

@@ -16,11 +16,11 @@ BOOTSTRAP_CHUNKS = 20  # drawn one after another to save memory
 
 
 class Gains(NamedTuple):
-    """Gains of all users in one metric, for S runs of one recipe.
+    """Every user's gain in one metric, for S runs of one recipe.
 
     Attributes:
         values: (S, num_users) each user's gain.
-        counted: (S, num_users) whether it enters the mean.
+        counted: (S, num_users) whether the gain enters the mean.
     """
 
     values: np.ndarray
@@ -66,7 +66,7 @@ def bootstrap_means(gains: Gains, seed: int = 0) -> np.ndarray:
     users is therefore exact, and cheap because there are few distinct pairs.
 
     Args:
-        gains: at least one gain counts.
+        gains: the gains, of which at least one counts.
         seed: seed of the draws.
 
     Returns:
@@ -130,10 +130,10 @@ def summarize(recipe: Recipe, metric: str, *, retrieved_only: bool = False) -> S
 
 
 class Difference(NamedTuple):
-    """A paired bootstrap of the mean difference between two gains of the same users.
+    """Mean difference between two gains of the same users, with a paired bootstrap.
 
     Attributes:
-        mean: mean over users.
+        mean: mean difference over users.
         low: lower end of its 95% interval.
         high: upper end of its 95% interval.
         p: two-sided p-value; 0 if all samples have the same sign.
@@ -146,7 +146,7 @@ class Difference(NamedTuple):
 
 
 def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> Difference:
-    """Compare the gains of the same users (num_users,): ours minus theirs."""
+    """Compare two gains (num_users,) of the same users: ours minus theirs."""
     differences = (ours - theirs)[None]
     means = bootstrap_means(Gains(differences, np.ones_like(differences, dtype=bool)))
     p = min(1.0, 2 * min((means <= 0).mean(), (means >= 0).mean()))
@@ -160,7 +160,7 @@ class Comparison(NamedTuple):
         metric: the metric.
         first: the recipe that is subtracted.
         second: the recipe from which it is subtracted.
-        difference: of the second's gains to the first's.
+        difference: gains of the second minus those of the first.
         num_users: number of users.
     """
 

@@ -59,7 +59,7 @@ def _header(cells: Sequence[str]) -> list[str]:
 def data_table(
     recipes: Mapping[str, Sequence[Recipe]], paper: Mapping[str, Mapping[str, float]]
 ) -> list[str]:
-    """Table 2 as lines of Markdown: the size of each data set beside the paper's.
+    """Table 2 as lines of Markdown: the size of each data set next to the paper's.
 
     Args:
         recipes: the recipes of each data set.
@@ -86,7 +86,7 @@ def results_table(
     *,
     retrieved_only: bool,
 ) -> list[str]:
-    """Table 1 or 3 as lines of Markdown: means, intervals and deviations beside the paper's.
+    """Table 1 or 3 as lines of Markdown: means, intervals and deviations next to the paper's.
 
     Args:
         code: code of the data set.
@@ -142,9 +142,9 @@ def _recipe_rows(
 def language_models_table(
     code: str, recipes: Sequence[Recipe], paper: Mapping[str, Mapping[str, float]]
 ) -> list[str]:
-    """Table 4 as lines of Markdown: rankers beside the paper's language models.
+    """Table 4 as lines of Markdown: rankers next to the paper's language models.
 
-    Empty without a ranker, or where the paper has no such numbers.
+    Empty without a ranker, or if the paper has no such numbers for the data set.
 
     Args:
         code: code of the data set.
@@ -171,7 +171,7 @@ def effect_table(code: str, name: str, effect: Effect) -> list[str]:
     Args:
         code: code of the data set.
         name: name of the ranker's recipe.
-        effect: its ranks beside those of the retriever.
+        effect: its ranks and those of its retriever.
     """
     title = f"`{code}`: {name}, {count_seeds(len(effect.runs))}, minus the retriever"
     return [*_header([title, *effect.scores]), *map(_row, effect_rows(effect))]

@@ -46,12 +46,12 @@ class WeightAverage:
             weight.data, average.data = average.data, weight.data
 
     def state_dict(self) -> dict[str, Any]:
-        """State for ``load_state_dict``."""
+        """Number of updates and averages, for ``load_state_dict``."""
         return {"steps": self.steps, "averages": self.averages}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state of an average of the same model."""
+        """Restore what ``state_dict`` returned for the same model."""
         self.steps = state["steps"]
         for average, saved in zip(self.averages, state["averages"]):
             average.copy_(saved)

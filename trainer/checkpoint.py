@@ -51,6 +51,9 @@ def save_checkpoint(path: Path, state: Any, fingerprint: str) -> None:
         path: the file.
         state: what to save.
         fingerprint: identifies the run that may resume from it.
+
+    Raises:
+        UserError: the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     skeleton = _flatten(state, "", tensors)

@@ -1,4 +1,4 @@
-"""The fingerprint of a run: what decides whether it may be resumed."""
+"""The fingerprint of a run, which decides whether it may be resumed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-# Raise this when the same settings and data give other results, other than by rounding. Then
-# earlier checkpoints are refused. tests/test_recorded_results.py notices such changes.
+# Raise this when a change to the code changes results by more than rounding, so that earlier
+# checkpoints are refused. tests/test_recorded_results.py detects such changes.
 RESULTS_FORMAT = 3
 
 

@@ -68,7 +68,7 @@ def grid(root: Path, weight_decays: Sequence[float], dropouts: Sequence[float]) 
     Args:
         root: folder of the runs.
         weight_decays: values of the weight decay; repeated ones count once.
-        dropouts: values of both dropouts, likewise.
+        dropouts: values of both dropouts; repeated ones count once.
     """
     return [
         Point(
@@ -104,7 +104,7 @@ def run_points(
     jobs = min(jobs, len(points))
     waiting = list(points)
     running: list[_Job] = []
-    # Finished points count as initial, or the estimate of the remaining time would be too low.
+    # Finished points are the initial value, or the estimate of the remaining time would be too low.
     bar = ProgressBar(total=len(points), initial=_progress(points), desc="search", unit="run")
     try:
         while waiting or running:
@@ -143,7 +143,7 @@ def _start(point: Point, command: list[str], slot: int, jobs: int, num_gpus: int
 
 
 def _environment(slot: int, jobs: int, num_gpus: int) -> dict[str, str]:
-    """Environment that gives each run in parallel its own share of GPUs or cores."""
+    """Environment that gives each parallel run its share of the GPUs or cores."""
     if num_gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = visible.split(",") if visible else [str(number) for number in range(num_gpus)]
@@ -166,7 +166,7 @@ def _check(job: _Job) -> None:
 
 
 def _steps(point: Point) -> tuple[int, int]:
-    """Steps of a run up to its last validation, and the most that it can take."""
+    """Steps of a run up to its last validation, and its total without early stopping."""
     try:
         last = (point.run_dir / LOG).read_text().splitlines()[-1]
         total = json.loads((point.run_dir / CONFIG).read_text())["total_steps"]
@@ -189,7 +189,7 @@ def _brief(metrics: dict[str, float]) -> str:
 
 
 def select(points: Sequence[Point], metric: str) -> tuple[Point, dict[str, Any]]:
-    """Select the point with the best validation metric, the first of equals.
+    """Select the point with the best validation metric; of equal ones, the first.
 
     Returns:
         The point, and the record of the search for ``search.json``.
@@ -216,13 +216,13 @@ def table(record: dict[str, Any]) -> str:
 
 
 def publish(point: Point, record: dict[str, Any], run_dir: Path, files: Sequence[str]) -> None:
-    """Copy the selected run's files and write ``search.json`` beside them.
+    """Copy the selected run's files and write ``search.json`` next to them.
 
     Args:
         point: the selected point.
         record: record of the search.
-        run_dir: destination, a finished run afterwards.
-        files: names of the files, the one that marks the run as finished last.
+        run_dir: destination, which is a finished run afterwards.
+        files: names of the files; the last one marks the run as finished.
     """
     (run_dir / files[-1]).unlink(missing_ok=True)
     for name in files:

@@ -36,7 +36,7 @@ from trainer.checkpoint import (
 )
 from trainer.run_log import RunLog
 
-LOSS_CHECK_STEPS = 10  # reading a loss waits for the GPU
+LOSS_CHECK_STEPS = 10  # not at every step, as reading a loss waits for the GPU
 MAX_SHOWN_USERS = 8
 MicroBatch = dict[str, Any]
 Metrics = dict[str, float]
@@ -44,12 +44,12 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class Advice:
-    """What the user can do about a failure of the loop, for the message.
+    """What the user can do about a failure of the loop, for the error message.
 
     Attributes:
-        diverged: the loss is infinite or NaN.
-        out_of_memory: the GPU is out of memory in training.
-        out_of_memory_in_validation: the GPU is out of memory in validation.
+        diverged: advice if the loss is infinite or NaN.
+        out_of_memory: advice if the GPU is out of memory in training.
+        out_of_memory_in_validation: advice if the GPU is out of memory in validation.
     """
 
     diverged: str
@@ -68,8 +68,8 @@ class LoopSettings:
         patience: validations without improvement after which to stop, or None.
         best_metric: validation metric that selects the weights.
         max_grad_norm: norm to which gradients are clipped; 0 for no clipping.
-        save_seconds: longest time between two checkpoints.
-        advice: for messages.
+        save_seconds: longest time between two checkpoints, in seconds.
+        advice: advice in error messages.
     """
 
     num_epochs: int
@@ -89,7 +89,18 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come."""
+    """How far a run has come.
+
+    Attributes:
+        step: optimizer steps taken.
+        epoch: current epoch, from 0.
+        batch: batches taken in this epoch.
+        validated_step: step of the last validation.
+        best: best value of the validation metric.
+        best_step: its step.
+        rounds_without_gain: validations since then.
+        done: whether training is over.
+    """
 
     step: int = 0
     epoch: int = 0
@@ -104,9 +115,9 @@ class Progress:
 class Trainer:
     """Trains a model; every script uses it with its own loss and validation.
 
-    A batch is a list of micro-batches, each with the ``num_targets`` that its loss is the mean of.
-    Several processes share the batch and add up their gradients, so that a step is the same for any
-    number of them, but for rounding and what is drawn at random in the model.
+    A batch is a list of micro-batches, each with ``num_targets``, the number of targets over which
+    its loss is a mean. Several processes share a batch and add up their gradients, so that a step
+    is the same for any number of processes, except for rounding and random draws such as dropout.
 
     Args:
         accelerator: holds the device.
@@ -123,7 +134,7 @@ class Trainer:
         fingerprint: identifies the run, so that no other run is resumed.
         log: receives a record per validation.
         user_names: names of the users by index, for messages.
-        average: weights to validate and keep in place of the last step's, or None.
+        average: averaged weights to validate and keep instead of the current ones, or None.
     """
 
     def __init__(
@@ -165,6 +176,9 @@ class Trainer:
 
         Args:
             resume: whether to continue from the checkpoint, if there is one.
+
+        Returns:
+            The final progress, with the step of the best weights.
 
         Raises:
             UserError: the loss diverged or the GPU is out of memory.
@@ -275,7 +289,7 @@ class Trainer:
         return shares
 
     def _seed_step(self) -> None:
-        """Let no two processes draw the same dropout, and a resumed run the same as before."""
+        """Seed torch differently in every process, but as before when a run is resumed."""
         if distributed.size() > 1:
             words = [self.sampler.seed, self.progress.step, distributed.rank()]
             torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
@@ -284,7 +298,7 @@ class Trainer:
         """Add up the gradients and the loss of all processes' shares."""
         if distributed.size() > 1:
             for parameter in parameters:
-                if parameter.grad is None:  # the share is empty
+                if parameter.grad is None:  # this process's share is empty
                     parameter.grad = torch.zeros_like(parameter)
             distributed.add_up([loss, *(parameter.grad for parameter in parameters)])
 
@@ -295,7 +309,7 @@ class Trainer:
             UserError: a loss is infinite or NaN.
         """
         count = min(len(self.recent_users), len(self.losses))
-        if not count:  # restored from a checkpoint, so checked before
+        if not count:  # all are from a checkpoint, so they were checked before
             return self.losses[-1].item()
         losses = torch.stack(self.losses[-count:]).tolist()
         for step, users, loss in zip(
@@ -328,7 +342,7 @@ class Trainer:
         self._check_losses()
         self.model.eval()
         with self.average.applied() if self.average else nullcontext():
-            # Other processors may round differently, and all must decide the same.
+            # Processors may round differently, but all processes must decide the same.
             metrics = distributed.from_main(self.validate())
             improved = self._update_progress(metrics[self.settings.best_metric])
             if improved:
@@ -338,7 +352,7 @@ class Trainer:
         self._record(loss, metrics, bar)
 
     def _update_progress(self, score: float) -> bool:
-        """Take the score of a validation into account; returns whether it is the best so far."""
+        """Record the score of a validation, and return whether it is the best so far."""
         progress = replace(self.progress, validated_step=self.progress.step)
         improved = score > progress.best
         if improved:
@@ -363,7 +377,10 @@ class Trainer:
         )
 
     def step_seconds(self, count: int) -> Iterator[float]:
-        """Take the first ``count`` steps of an epoch for their times, and keep no checkpoint."""
+        """Take the first ``count`` steps of an epoch and yield the seconds of each.
+
+        They change the weights, but no checkpoint is written.
+        """
         batches = self._batches()
         for _ in range(count):
             start = time.monotonic()

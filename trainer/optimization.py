@@ -29,12 +29,12 @@ def make_accelerator(device: str | None, seed: int) -> Accelerator:
         ArgumentError: CUDA is requested and not available.
     """
     torch.backends.cudnn.allow_tf32 = False  # only NARM's GRU would be affected
-    # No other accelerators: some cannot compute the complex recurrence of LRURec.
+    # No accelerators besides CUDA: some cannot compute the complex recurrence of LRURec.
     accelerator = Accelerator(cpu=not use_cuda(device))
     num_gpus = torch.cuda.device_count()
     if accelerator.device.type == "cuda" and num_gpus > 1 and size() == 1:
         print(
-            f"note: {num_gpus} GPUs are visible, of which this run uses the first; torchrun starts "
+            f"note: {num_gpus} GPUs are visible, but this run uses only the first; torchrun starts "
             "a process for each"
         )
     set_seed(seed)
@@ -69,7 +69,7 @@ def build_optimizer(
             is_exempt = "bias" in parameter_name or "layer_norm" in parameter_name
             groups[0.0 if is_exempt else weight_decay].append(parameter)
     parameters = [{"params": p, "weight_decay": decay} for decay, p in groups.items() if p]
-    # With small tensors alone it would page nothing, and it synchronizes with the GPU at each.
+    # If all tensors are small, it would page nothing, yet synchronize with the GPU for each.
     if paged and name == "AdamW" and _largest(model.parameters()) >= MIN_PAGED_ELEMENTS:
         from bitsandbytes.optim import PagedAdamW32bit
 
@@ -99,8 +99,8 @@ def build_schedule(
         warmup: steps of the warm-up, 0 for none.
         total: step at which a decaying rate reaches 0.
         decay: ``linear``, ``cosine``, or None for a constant rate.
-        steps: a number of steps and a factor by which the rate is multiplied after each such
-            number, in place of warm-up and decay; or None.
+        steps: (n, factor) to multiply the rate by ``factor`` every n steps instead of warm-up and
+            decay; or None.
     """
 
     def factor(step: int) -> float:

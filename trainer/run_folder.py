@@ -1,4 +1,4 @@
-"""The folder of a run: who owns it, whether the run is finished, what it may replace."""
+"""The folder of a run: which run it holds, whether that is finished, and locking."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FOLDS = "folds"
 
 
 class RunFolder:
-    """A run's folder, which holds the files of one run at most.
+    """A run's folder, which holds the files of at most one run.
 
     Args:
         path: the folder.
@@ -50,7 +50,7 @@ class RunFolder:
         """Whether there is a checkpoint or any output of this run.
 
         Raises:
-            InputError: there are those of another run.
+            InputError: the folder holds another run, or its ``config.json`` cannot be read.
         """
         if not self.is_interrupted() and not self.has_outputs():
             return False
@@ -69,7 +69,7 @@ class RunFolder:
         """Whether this run is complete: all outputs and no checkpoint.
 
         Raises:
-            InputError: the folder holds another run.
+            InputError: see ``is_started``.
         """
         if self.is_interrupted() or not self.is_started():
             return False
@@ -83,7 +83,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Reserve the folder for this process; created folders that stay empty are removed.
+        """Reserve the folder for this process; if it is created and stays empty, it is removed.
 
         Raises:
             InputError: another process has reserved it.

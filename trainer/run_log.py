@@ -12,13 +12,13 @@ from storage import atomic_path, reading
 
 
 class Tracker(Protocol):
-    """Draws charts of what is logged; runs of ``wandb`` are trackers."""
+    """Receives what is logged and draws charts; runs of ``wandb`` are trackers."""
 
     def log(self, data: dict[str, Any], step: int) -> None:
         """Add values by name to the charts."""
 
     def finish(self) -> None:
-        """Write what is left."""
+        """Write what is pending and close."""
 
 
 class TensorBoard:
@@ -48,7 +48,7 @@ class RunLog:
     """Records in ``log.jsonl`` and, if requested, in charts.
 
     Args:
-        path: the file; it is rewritten as a whole, so that it never ends in half a line.
+        path: the file; it is rewritten as a whole, so that it never ends in an incomplete line.
         trackers: receive every record.
     """
 
