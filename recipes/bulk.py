@@ -155,9 +155,11 @@ def recommend_to_all(job: Job, people: People, engine: Engine, *, resume: bool) 
         The content of the manifest.
 
     Raises:
-        UserError: ``resume`` is set, but the parts are from another run, input or setting; or a
-            file cannot be read or written.
+        UserError: ``resume`` is set, but the parts are from another run, input or setting; a row of
+            the table is invalid, in which case nothing is changed; or a file cannot be read or
+            written.
     """
+    total = sum(1 for _ in people)  # an invalid last row must not cost hours of scoring
     manifest = job.output / MANIFEST
     record = {"fingerprint": job.fingerprint(), "finished": False}
     if resume and manifest.exists():
@@ -173,7 +175,7 @@ def recommend_to_all(job: Job, people: People, engine: Engine, *, resume: bool) 
             path.unlink(missing_ok=True)
         write_json(manifest, record)
     users = parts = 0
-    with ProgressBar(desc="recommend", unit="user", unit_scale=True) as bar:
+    with ProgressBar(desc="recommend", unit="user", unit_scale=True, total=total) as bar:
         for count in engine(job, people):
             users, parts = users + count, parts + 1
             bar.update(count)

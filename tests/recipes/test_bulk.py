@@ -214,6 +214,21 @@ def test_a_user_who_appears_again(
     assert [person.name for person in People(path, toy_data)] == ["ann", "bob", "ann"]
 
 
+def test_a_bad_row_is_found_before_anything_is_written(
+    retrieved: Path, users: Path, toy_data: SequenceDataset, tmp_path: Path
+):
+    item, path, output = toy_data.item_names[7], tmp_path / "log.csv", tmp_path / "out"
+    rows = [f"user {number},{item},1\n" for number in range(40)]
+    path.write_text("user,item,timestamp\n" + "".join(rows) + f"late,{item},yesterday\n")
+    with pytest.raises(UserError, match="row 42: timestamp 'yesterday'"):
+        fill(retrieved, path, output)
+    assert not output.exists()
+    earlier = fill(retrieved, users, output)
+    with pytest.raises(UserError, match="row 42"):
+        fill(retrieved, path, output, "--overwrite")
+    pd.testing.assert_frame_equal(read(output), earlier)
+
+
 def test_faiss_is_optional(retrieved: Path, users: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("recommend.find_spec", lambda name: None)
     with pytest.raises(UserError) as caught:
