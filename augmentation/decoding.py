@@ -2,7 +2,8 @@
 
 It saves time in comparison with ``generate`` of transformers:
 
-- Prompts are read one by one. Without padding they need no mask, and causality halves attention.
+- Prompts of equal length are read together. Without padding they need no mask, and causality
+  halves attention.
 - The output layer computes only the logits of the catalogue's tokens, so that temperature, top-k
   and top-p act on tens or hundreds of tokens instead of the whole vocabulary.
 - Keys and values are written into memory that has room for the whole response, and those of texts
@@ -31,6 +32,7 @@ from model.verbalizer import token_logits
 
 KEPT_SHARE = 0.75  # ended texts are dropped once at most this share of the texts is unfinished
 CUDA_SHARE = 0.5  # of the free memory for keys and values; reading prompts needs the rest
+READ_TOKENS = 4096  # of prompts that are read together
 CPU_BYTES = 2 << 30  # fixed: rounding must not depend on what else the machine does
 
 
@@ -107,7 +109,7 @@ def key_dtype(causal_lm: Any) -> torch.dtype:
 
 
 def read(causal_lm: Any, prompts: Sequence[Tensor], room: int) -> tuple[Tensor, Cache]:
-    """Read the prompts one by one.
+    """Read the prompts, those of equal length together.
 
     Args:
         causal_lm: the model.
@@ -117,17 +119,39 @@ def read(causal_lm: Any, prompts: Sequence[Tensor], room: int) -> tuple[Tensor, 
     Returns:
         The last hidden state (B, D) of each prompt, and the keys and values of all.
     """
+    groups = equal_lengths([prompt.shape[1] for prompt in prompts])
     hidden, caches = [], []
-    for prompt in prompts:
+    for group in groups:
         cache = DynamicCache(config=causal_lm.config)
-        hidden.append(_hidden(causal_lm, prompt, None, None, cache))
+        input_ids = torch.cat([prompts[index] for index in group])
+        hidden.append(_hidden(causal_lm, input_ids, None, None, cache))
         caches.append(cache)
+    back = np.argsort(np.concatenate(groups))  # to the order of the prompts
     layers: list[Any] = []
     while caches[0].layers:  # layer by layer, so that only one layer is in memory twice
         same: list[Any] = [cache.layers.pop() for cache in caches]
-        keys, values = [x.keys for x in same], [x.values for x in same]
+        keys = [text for x in same for text in x.keys.split(1)]
+        values = [text for x in same for text in x.values.split(1)]
+        keys, values = [keys[index] for index in back], [values[index] for index in back]
         layers.append(RoomyLayer(keys, values, room, key_dtype(causal_lm)))
-    return torch.cat(hidden), Cache(layers=layers[::-1])
+    return torch.cat(hidden)[back], Cache(layers=layers[::-1])
+
+
+def equal_lengths(lengths: Sequence[int]) -> list[np.ndarray]:
+    """Group sequences of equal length.
+
+    Args:
+        lengths: length of each sequence.
+
+    Returns:
+        The indices (n,) of each group, of at most ``READ_TOKENS`` tokens unless it is a single
+        sequence.
+    """
+    groups = []
+    for length in np.unique(lengths):
+        same = np.flatnonzero(np.asarray(lengths) == length)
+        groups += np.split(same, range(size := max(1, READ_TOKENS // length), len(same), size))
+    return groups
 
 
 def _hidden(

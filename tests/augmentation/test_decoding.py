@@ -14,7 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from augmentation.decoding import fitting_tokens, sample
+from augmentation.decoding import equal_lengths, fitting_tokens, read, sample
 from augmentation.generation import GeneratedText, build_catalogue, constrained_texts
 from augmentation.prompts import GenerationPrompts, IdPrompts
 from benchmarks.constrained_decoding import Decoders
@@ -71,6 +71,25 @@ def test_texts_do_not_depend_on_their_batch(
     assert texts_of(model, builder, data, 4, SAMPLING) == texts
     lengths = {len(text.text) for text in texts.values()}
     assert len(lengths) > 5  # so that texts were dropped while others went on
+
+
+def test_prompts_of_equal_length_are_read_together(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+):
+    lengths = [3, 5, 3, 5, 5, 4]
+    monkeypatch.setattr("augmentation.decoding.READ_TOKENS", 10)
+    assert [group.tolist() for group in equal_lengths(lengths)] == [[0, 2], [5], [1, 3], [4]]
+    torch.manual_seed(0)
+    prompts = [torch.randint(model.config.vocab_size, (1, length)) for length in lengths]
+    with torch.inference_mode():
+        hidden, cache = read(model, prompts, room=2)
+        for row, prompt in enumerate(prompts):
+            own_hidden, own_cache = read(model, [prompt], room=2)
+            torch.testing.assert_close(hidden[row], own_hidden[0])
+            for layer, own in zip(cache.layers, own_cache.layers):
+                for name in ("keys", "values"):
+                    states = getattr(layer, name)[row, :, 5 - lengths[row] : 5]
+                    torch.testing.assert_close(states, getattr(own, name)[0, :, : lengths[row]])
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 4])
