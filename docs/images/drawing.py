@@ -82,6 +82,47 @@ def padded_rows(
     return parts
 
 
+def intervals(
+    left: float,
+    top: float,
+    title: str,
+    rows: Sequence[tuple[str, str, str]],
+    *,
+    zero: float,
+    scale: float,
+    ticks: Sequence[str],
+) -> tuple[list[str], float]:
+    """A point with its interval for each difference, one below the other, and where they end.
+
+    Args:
+        left: where the labels end.
+        top: where the title begins.
+        title: what is shown.
+        rows: label of each difference, the difference and its interval as in ``-.01 to +.02``.
+            Labels that contain ``generated`` are highlighted.
+        zero: where no difference is drawn.
+        scale: points per unit.
+        ticks: differences to mark below.
+    """
+    y = start = top + 34
+    drawn = [text(left, top + 18, title, "name")]
+    for label, mean, ends in rows:
+        low, high = (zero + scale * number(end) for end in ends.split(" to "))
+        kind = "model" if "generated" in label else ""
+        drawn.append(text(left - 14, y + 15, label, "small", "end"))
+        drawn.append(f'  <path d="M {low:g} {y + 10:g} H {high:g}"/>')
+        drawn.append(box(zero + scale * number(mean) - 5, y + 5, 10, 10, kind, radius=2))
+        y += 26
+    drawn.append(f'  <path d="M {zero:g} {start - 4:g} V {y:g}" stroke-dasharray="3 3"/>')
+    drawn += [text(zero + scale * number(tick), y + 18, tick, "small", "middle") for tick in ticks]
+    return drawn, y + 18
+
+
+def number(cell: str) -> float:
+    """A number of a table, such as ``+.0012``, ``-.0110`` or ``4.7``."""
+    return float(cell.replace("**", ""))
+
+
 def arrow(path: str) -> str:
     """A line that ends in an arrow head."""
     return f'  <path d="{path}" marker-end="url(#head)"/>'

@@ -8,22 +8,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from drawing import box, picture, table, text
+from drawing import box, intervals, number, picture, table, text
 
 PAGE = Path(__file__).parents[1] / "results" / "llm4idrec.md"
 HITS, GAINS = "## What the added items are like", ("## Retrievers trained on them", "## RecBole")
 LEFT, BAR, ROW, TOP = 330, 380, 26, 34
 SCALE, ZERO = 9000, LEFT + 230  # points per unit of NDCG@10, and where no difference is drawn
 GAP = 46  # between the parts
+TICKS = ("-.02", "-.01", "0", "+.01")
 LABEL = (
     "Held-out items among the added ones as multiples of chance, and differences in NDCG@10 with "
     "their intervals: the tables below."
 )
-
-
-def number(cell: str) -> float:
-    """A number of a table, such as ``+.0012``, ``-.0110`` or ``4.7``."""
-    return float(cell.replace("**", ""))
 
 
 def hits() -> list[str]:
@@ -41,26 +37,14 @@ def hits() -> list[str]:
 
 
 def gains(top: float) -> tuple[list[str], float]:
-    """A point with its interval for each difference of both tables, and where they end."""
-    drawn = [text(LEFT, top + 18, "difference in test NDCG@10, 95% interval", "name")]
-    y = start = top + TOP
+    """The differences of both tables, and where they end."""
+    rows = []
     for heading in GAINS:
-        head, *rows = table(PAGE, heading)
+        head, *lines = table(PAGE, heading)
         mean, ends = head.index("difference in NDCG@10"), head.index("95% interval")
-        for cells in rows:
-            if not cells[mean]:
-                continue
-            low, high = (ZERO + SCALE * number(end) for end in cells[ends].split(" to "))
-            middle = ZERO + SCALE * number(cells[mean])
-            kind = "model" if cells[1].startswith("generated") else ""
-            drawn.append(text(LEFT - 14, y + 15, f"{cells[0]}, {cells[1]}", "small", "end"))
-            drawn.append(f'  <path d="M {low:g} {y + 10:g} H {high:g}"/>')
-            drawn.append(box(middle - 5, y + 5, 10, 10, kind, radius=2))
-            y += ROW
-    drawn.append(f'  <path d="M {ZERO:g} {start - 4:g} V {y:g}" stroke-dasharray="3 3"/>')
-    for tick in ("-.02", "-.01", "0", "+.01"):
-        drawn.append(text(ZERO + SCALE * number(tick), y + 18, tick, "small", "middle"))
-    return drawn, y + 18
+        rows += [(f"{x[0]}, {x[1]}", x[mean], x[ends]) for x in lines if x[mean]]
+    title = "difference in test NDCG@10, 95% interval"
+    return intervals(LEFT, top, title, rows, zero=ZERO, scale=SCALE, ticks=TICKS)
 
 
 if __name__ == "__main__":
