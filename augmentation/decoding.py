@@ -26,6 +26,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from augmentation.constraints import ItemText
+from dataloader.prompt_batches import BatchLimits, micro_batches
 from model.cpu_attention import NAME as CPU_ATTENTION
 from model.language_model import base_causal_lm, free_bytes
 from model.verbalizer import token_logits
@@ -119,7 +120,9 @@ def read(causal_lm: Any, prompts: Sequence[Tensor], room: int) -> tuple[Tensor, 
     Returns:
         The last hidden state (B, D) of each prompt, and the keys and values of all.
     """
-    groups = equal_lengths([prompt.shape[1] for prompt in prompts])
+    # With a fixed cost of one token, a group that avoids any padding pays off.
+    limits = BatchLimits(len(prompts), READ_TOKENS, fixed_tokens=1)
+    groups = micro_batches(np.array([prompt.shape[1] for prompt in prompts]), limits)
     hidden, caches = [], []
     for group in groups:
         cache = DynamicCache(config=causal_lm.config)
@@ -135,23 +138,6 @@ def read(causal_lm: Any, prompts: Sequence[Tensor], room: int) -> tuple[Tensor, 
         keys, values = [keys[index] for index in back], [values[index] for index in back]
         layers.append(RoomyLayer(keys, values, room, key_dtype(causal_lm)))
     return torch.cat(hidden)[back], Cache(layers=layers[::-1])
-
-
-def equal_lengths(lengths: Sequence[int]) -> list[np.ndarray]:
-    """Group sequences of equal length.
-
-    Args:
-        lengths: length of each sequence.
-
-    Returns:
-        The indices (n,) of each group, of at most ``READ_TOKENS`` tokens unless it is a single
-        sequence.
-    """
-    groups = []
-    for length in np.unique(lengths):
-        same = np.flatnonzero(np.asarray(lengths) == length)
-        groups += np.split(same, range(size := max(1, READ_TOKENS // length), len(same), size))
-    return groups
 
 
 def _hidden(

@@ -14,7 +14,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from augmentation.decoding import equal_lengths, fitting_tokens, read, sample
+from augmentation import decoding
+from augmentation.decoding import fitting_tokens, read, sample
 from augmentation.generation import GeneratedText, build_catalogue, constrained_texts
 from augmentation.prompts import GenerationPrompts, IdPrompts
 from benchmarks.constrained_decoding import Decoders
@@ -76,13 +77,19 @@ def test_texts_do_not_depend_on_their_batch(
 def test_prompts_of_equal_length_are_read_together(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ):
-    lengths = [3, 5, 3, 5, 5, 4]
-    monkeypatch.setattr("augmentation.decoding.READ_TOKENS", 10)
-    assert [group.tolist() for group in equal_lengths(lengths)] == [[0, 2], [5], [1, 3], [4]]
+    lengths, shapes, compute = [3, 5, 3, 5, 5, 4], [], decoding._hidden
+
+    def record(causal_lm: PreTrainedModel, input_ids: torch.Tensor, *rest: object) -> torch.Tensor:
+        shapes.append(input_ids.shape)
+        return compute(causal_lm, input_ids, *rest)
+
+    monkeypatch.setattr(decoding, "READ_TOKENS", 10)
+    monkeypatch.setattr(decoding, "_hidden", record)
     torch.manual_seed(0)
     prompts = [torch.randint(model.config.vocab_size, (1, length)) for length in lengths]
     with torch.inference_mode():
         hidden, cache = read(model, prompts, room=2)
+        assert sorted(shapes) == [(1, 4), (1, 5), (2, 3), (2, 5)]
         for row, prompt in enumerate(prompts):
             own_hidden, own_cache = read(model, [prompt], room=2)
             torch.testing.assert_close(hidden[row], own_hidden[0])
