@@ -270,10 +270,10 @@ def fill_table(flags: argparse.Namespace, config: CommonConfig, data: SequenceDa
     with locked(RunFolder(output, (), "")):
         resume = flags.resume and not flags.overwrite
         record = recommend_to_all(job, people, find_engine(flags), resume=resume)
-    if people.num_skipped:
+    if record["skipped"]:
         what = "without a known item" if people.has_interactions else "not in the data set"
         print(
-            f"note: users {what} are left out: {people.num_skipped:,}, the first: "
+            f"note: users {what} are left out: {record['skipped']:,}, the first: "
             f"{people.first_skipped}",
             file=sys.stderr,
         )

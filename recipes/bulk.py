@@ -129,15 +129,14 @@ def _table(recommender: Recommender, part: Sequence[Person], k: int) -> pa.Table
     )
 
 
-Engine = Callable[[Job, People], Iterator[int]]
+Engine = Callable[[Job, People, Sequence[int]], Iterator[int]]
 
 
-def in_this_process(job: Job, people: People) -> Iterator[int]:
+def in_this_process(job: Job, people: People, sizes: Sequence[int]) -> Iterator[int]:
     """Write the parts one after the other, and yield the number of users of each."""
-    writer, index = PartWriter(job, people), 0
-    while count := writer.write(index):
-        yield count
-        index += 1
+    writer = PartWriter(job, people)
+    for index in range(len(sizes)):
+        yield writer.write(index)
 
 
 def recommend_to_all(job: Job, people: People, engine: Engine, *, resume: bool) -> dict[str, Any]:
@@ -148,7 +147,8 @@ def recommend_to_all(job: Job, people: People, engine: Engine, *, resume: bool) 
     Args:
         job: the table.
         people: its users.
-        engine: writes the missing parts, and yields the number of users of every part.
+        engine: writes the missing parts, given the number of users of each part, and yields this
+            number for every part.
         resume: whether to keep existing parts.
 
     Returns:
@@ -159,7 +159,9 @@ def recommend_to_all(job: Job, people: People, engine: Engine, *, resume: bool) 
             the table is invalid, in which case nothing is changed; or a file cannot be read or
             written.
     """
-    total = sum(1 for _ in people)  # an invalid last row must not cost hours of scoring
+    # An invalid last row must not cost hours of scoring, so the whole table is read first.
+    sizes = [len(part) for part in people.parts(job.part_users)]
+    skipped = people.num_skipped
     manifest = job.output / MANIFEST
     record = {"fingerprint": job.fingerprint(), "finished": False}
     if resume and manifest.exists():
@@ -174,14 +176,12 @@ def recommend_to_all(job: Job, people: People, engine: Engine, *, resume: bool) 
         for path in (manifest, *job.output.glob("part-*.parquet")):
             path.unlink(missing_ok=True)
         write_json(manifest, record)
-    users = parts = 0
-    with ProgressBar(desc="recommend", unit="user", unit_scale=True, total=total) as bar:
-        for count in engine(job, people):
-            users, parts = users + count, parts + 1
+    with ProgressBar(desc="recommend", unit="user", unit_scale=True, total=sum(sizes)) as bar:
+        for count in engine(job, people, sizes):
             bar.update(count)
     record |= {
-        "finished": True, "run": str(job.run_dir), "k": job.k, "users": users, "parts": parts,
-        "skipped": people.num_skipped,
+        "finished": True, "run": str(job.run_dir), "k": job.k, "users": sum(sizes),
+        "parts": len(sizes), "skipped": skipped,
     }  # fmt: skip
     write_json(manifest, record)
     return record

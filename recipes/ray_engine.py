@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,8 @@ class RayEngine:
     def __init__(self, num_workers: int | None) -> None:
         self.num_workers = num_workers
 
-    def __call__(self, job: Job, people: People) -> Iterator[int]:
+    def __call__(self, job: Job, people: People, sizes: Sequence[int]) -> Iterator[int]:
         """Write the missing parts, and yield the number of users of every part."""
-        sizes = [len(part) for part in people.parts(job.part_users)]
         missing = [index for index in range(len(sizes)) if not job.part_path(index).exists()]
         done = set(range(len(sizes))) - set(missing)
         yield from (sizes[index] for index in done)
