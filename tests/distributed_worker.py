@@ -41,3 +41,4 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     with distributed.joined():
         main(Path(sys.argv[1]))
+    distributed.leave()  # as the scripts do
