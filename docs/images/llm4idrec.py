@@ -6,19 +6,20 @@ Example:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from drawing import box, intervals, number, picture, table, text
 
 PAGE = Path(__file__).parents[1] / "results" / "llm4idrec.md"
-HITS, GAINS = "## What the added items are like", ("## Retrievers trained on them", "## RecBole")
+HITS = "## What the added items are like"
+ML_100K = ("## Retrievers trained on them", "## RecBole")
+GAMES = ("### Retrievers on Games",)
 LEFT, BAR, ROW, TOP = 330, 380, 26, 34
-SCALE, ZERO = 9000, LEFT + 230  # points per unit of NDCG@10, and where no difference is drawn
 GAP = 46  # between the parts
-TICKS = ("-.02", "-.01", "0", "+.01")
 LABEL = (
-    "Held-out items among the added ones as multiples of chance, and differences in NDCG@10 with "
-    "their intervals: the tables below."
+    "Held-out items among those added to ML-100k as multiples of chance, and differences in "
+    "NDCG@10 on ML-100k and Games with their intervals: the tables below."
 )
 
 
@@ -26,7 +27,8 @@ def hits() -> list[str]:
     """A bar for each source of items that has a multiple of chance."""
     rows = [cells for cells in table(PAGE, HITS)[1:] if cells[5]]
     longest = max(number(cells[5]) for cells in rows)
-    drawn = [text(LEFT, 18, "held-out items among the added ones, 1 is chance", "name")]
+    title = "ML-100k: held-out items among the added ones"
+    drawn = [text(LEFT, 18, title, "name")]
     for index, cells in enumerate(rows):
         y, width = TOP + ROW * index, BAR * number(cells[5]) / longest
         kind = "model" if cells[0].startswith("generated") else ""
@@ -36,18 +38,32 @@ def hits() -> list[str]:
     return drawn
 
 
-def gains(top: float) -> tuple[list[str], float]:
-    """The differences of both tables, and where they end."""
+def gains(headings: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Model and source of the items, with the difference and its interval."""
     rows = []
-    for heading in GAINS:
+    for heading in headings:
         head, *lines = table(PAGE, heading)
         mean, ends = head.index("difference in NDCG@10"), head.index("95% interval")
         rows += [(f"{x[0]}, {x[1]}", x[mean], x[ends]) for x in lines if x[mean]]
-    title = "difference in test NDCG@10, 95% interval"
-    return intervals(LEFT, top, title, rows, zero=ZERO, scale=SCALE, ticks=TICKS)
+    return rows
 
 
 if __name__ == "__main__":
     bars = hits()
-    points, end = gains(TOP + ROW * (len(bars) // 3) + GAP - TOP)
-    print(picture(LEFT + BAR + 60, int(end) + 8, LABEL, [*bars, *points]))
+    end = TOP + ROW * (len(bars) // 3) + GAP - TOP
+    title = "difference in test NDCG@10, 95% interval"
+    ticks = ("-.02", "-.01", "0", "+.01")
+    ml_100k, end = intervals(
+        LEFT, end, f"ML-100k: {title}", gains(ML_100K), zero=LEFT + 230, scale=9000, ticks=ticks
+    )
+    ticks = ("-.04", "-.02", "0")
+    games, end = intervals(
+        LEFT,
+        end + GAP - TOP,
+        f"Games: {title}",
+        gains(GAMES),
+        zero=LEFT + 380,
+        scale=7500,
+        ticks=ticks,
+    )
+    print(picture(LEFT + BAR + 60, int(end) + 8, LABEL, [*bars, *ml_100k, *games]))
