@@ -27,7 +27,7 @@ def hits() -> list[str]:
     """A bar for each source of items that has a multiple of chance."""
     rows = [cells for cells in table(PAGE, HITS)[1:] if cells[5]]
     longest = max(number(cells[5]) for cells in rows)
-    title = "ML-100k: held-out items among the added ones"
+    title = "ML-100k: hits as multiples of chance"
     drawn = [text(LEFT, 18, title, "name")]
     for index, cells in enumerate(rows):
         y, width = TOP + ROW * index, BAR * number(cells[5]) / longest
@@ -63,7 +63,7 @@ if __name__ == "__main__":
         f"Games: {title}",
         gains(GAMES),
         zero=LEFT + 380,
-        scale=7500,
+        scale=6800,
         ticks=ticks,
     )
     print(picture(LEFT + BAR + 60, int(end) + 8, LABEL, [*bars, *ml_100k, *games]))
