@@ -40,6 +40,13 @@ def table(page: Path, heading: str) -> list[list[str]]:
     return [rows[0], *rows[2:]]
 
 
+def differences(page: Path, heading: str) -> list[tuple[list[str], str, str]]:
+    """The cells, the difference in NDCG@10 and its interval, of each line that has a difference."""
+    head, *lines = table(page, heading)
+    mean, ends = head.index("difference in NDCG@10"), head.index("95% interval")
+    return [(cells, cells[mean], cells[ends]) for cells in lines if cells[mean]]
+
+
 def text(x: float, y: float, content: str, kind: str = "", anchor: str = "start") -> str:
     """A line of text."""
     kinds = f' class="{kind}"' if kind else ""

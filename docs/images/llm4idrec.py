@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from drawing import box, intervals, number, picture, table, text
+from drawing import box, differences, intervals, number, picture, table, text
 
 PAGE = Path(__file__).parents[1] / "results" / "llm4idrec.md"
 HITS = "## What the added items are like"
@@ -27,8 +27,7 @@ def hits() -> list[str]:
     """A bar for each source of items that has a multiple of chance."""
     rows = [cells for cells in table(PAGE, HITS)[1:] if cells[5]]
     longest = max(number(cells[5]) for cells in rows)
-    title = "ML-100k: hits as multiples of chance"
-    drawn = [text(LEFT, 18, title, "name")]
+    drawn = [text(LEFT, 18, "ML-100k: hits as multiples of chance", "name")]
     for index, cells in enumerate(rows):
         y, width = TOP + ROW * index, BAR * number(cells[5]) / longest
         kind = "model" if cells[0].startswith("generated") else ""
@@ -40,17 +39,16 @@ def hits() -> list[str]:
 
 def gains(headings: Sequence[str]) -> list[tuple[str, str, str]]:
     """Model and source of the items, with the difference and its interval."""
-    rows = []
-    for heading in headings:
-        head, *lines = table(PAGE, heading)
-        mean, ends = head.index("difference in NDCG@10"), head.index("95% interval")
-        rows += [(f"{x[0]}, {x[1]}", x[mean], x[ends]) for x in lines if x[mean]]
-    return rows
+    return [
+        (f"{cells[0]}, {cells[1]}", mean, ends)
+        for heading in headings
+        for cells, mean, ends in differences(PAGE, heading)
+    ]
 
 
 if __name__ == "__main__":
     bars = hits()
-    end = TOP + ROW * (len(bars) // 3) + GAP - TOP
+    end = ROW * (len(bars) // 3) + GAP
     title = "difference in test NDCG@10, 95% interval"
     ticks = ("-.02", "-.01", "0", "+.01")
     ml_100k, end = intervals(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from drawing import intervals, picture, table
+from drawing import differences, intervals, picture, table
 
 PAGE = Path(__file__).parents[1] / "results" / "llm4idrec.md"
 LENGTHS, AMOUNTS = "### By length of the history", "### By amount"
@@ -36,9 +36,8 @@ def by_length() -> list[tuple[str, str, str]]:
 
 def by_amount() -> list[tuple[str, str, str]]:
     """Most added items per user, with the difference and its interval."""
-    head, *lines = table(PAGE, AMOUNTS)
-    mean, ends = head.index("difference in NDCG@10"), head.index("95% interval")
-    return [(f"{cells[0]}, generated", cells[mean], cells[ends]) for cells in lines]
+    rows = differences(PAGE, AMOUNTS)
+    return [(f"{cells[0]}, generated", mean, ends) for cells, mean, ends in rows]
 
 
 if __name__ == "__main__":
