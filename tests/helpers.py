@@ -9,16 +9,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import strategies as st
 
 from datasets import SequenceDataset, load_dataset
 from datasets.base import Filters
 from errors import UserError
+from tests.scripts import ScriptServer
 
 # Imported where used below: most test modules need none of these packages.
 if TYPE_CHECKING:
@@ -41,21 +44,31 @@ INPUT_TEMPLATE = "User history: {}; \n Candidate pool: {}"
 # Scripts and their files ------------------------------------------------------------------------
 
 
+@cache
+def script_server() -> ScriptServer:
+    """The server that runs the scripts of this process of pytest."""
+    return ScriptServer()
+
+
 def run_script(
-    script: str, *flags: object, env: dict[str, str] | None = None, **options: Any
+    script: str, *flags: object, env: dict[str, str] | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run an entry script in its own process, without a terminal: its output is plain text."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, flags)],
-        capture_output=True,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, **(env or {})},
-        timeout=600,
-        **options,
-    )
-    output, errors = done.stdout.decode(), done.stderr.decode()
+    """Run an entry script in its own process, without a terminal: its output is plain text.
+
+    With ``env``, variables to add to the environment, a new interpreter runs it.
+    """
+    command = [str(ROOT / script), *map(str, flags)]
+    folder = cwd or Path.cwd()
+    if env:
+        done = subprocess.run(
+            [sys.executable, *command], capture_output=True, stdin=subprocess.DEVNULL,
+            env={**os.environ, **env}, cwd=folder, timeout=600,
+        )  # fmt: skip
+        status, output, errors = done.returncode, done.stdout.decode(), done.stderr.decode()
+    else:
+        status, output, errors = script_server().run(command, folder)
     assert not set("\r\x1b") & set(output + errors), errors
-    return subprocess.CompletedProcess(done.args, done.returncode, output, errors)
+    return subprocess.CompletedProcess(command, status, output, errors)
 
 
 def interrupt(
@@ -71,19 +84,17 @@ def interrupt(
         return when.stat().st_mtime_ns if when.exists() else None
 
     before = modified()
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / script), *map(str, flags)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        # A shell starts background jobs, perhaps the tests, with SIGINT ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while modified() == before and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(how)
-    _, errors = process.communicate()
-    assert modified() != before, "the run ended before it could be interrupted"
-    return process.returncode, (errors.splitlines() or [""])[-1]
+
+    def send(pid: int) -> None:
+        deadline = time.monotonic() + 120
+        while modified() == before and psutil.pid_exists(pid) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert modified() != before, "the run ended before it could be interrupted"
+        os.kill(pid, how)
+
+    command = [str(ROOT / script), *map(str, flags)]
+    status, _, errors = script_server().run(command, Path.cwd(), send)
+    return status, (errors.splitlines() or [""])[-1]
 
 
 def workers(launcher: subprocess.Popen) -> list[int]:
