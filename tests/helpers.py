@@ -58,15 +58,7 @@ def run_script(
     With ``env``, variables to add to the environment, a new interpreter runs it.
     """
     command = [str(ROOT / script), *map(str, flags)]
-    folder = cwd or Path.cwd()
-    if env:
-        done = subprocess.run(
-            [sys.executable, *command], capture_output=True, stdin=subprocess.DEVNULL,
-            env={**os.environ, **env}, cwd=folder, timeout=600,
-        )  # fmt: skip
-        status, output, errors = done.returncode, done.stdout.decode(), done.stderr.decode()
-    else:
-        status, output, errors = script_server().run(command, folder)
+    status, output, errors = script_server().run(command, cwd or Path.cwd(), env)
     assert not set("\r\x1b") & set(output + errors), errors
     return subprocess.CompletedProcess(command, status, output, errors)
 
@@ -93,7 +85,7 @@ def interrupt(
         os.kill(pid, how)
 
     command = [str(ROOT / script), *map(str, flags)]
-    status, _, errors = script_server().run(command, Path.cwd(), send)
+    status, _, errors = script_server().run(command, Path.cwd(), while_running=send)
     return status, (errors.splitlines() or [""])[-1]
 
 

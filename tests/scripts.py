@@ -34,6 +34,7 @@ class ScriptServer:
         self,
         command: list[str],
         folder: Path,
+        environment: dict[str, str] | None = None,
         while_running: Callable[[int], None] = lambda pid: None,
     ) -> tuple[int, str, str]:
         """Run a script, without a terminal.
@@ -41,6 +42,7 @@ class ScriptServer:
         Args:
             command: the script and its flags.
             folder: where to run it.
+            environment: variables to add; with any, a new interpreter runs the script.
             while_running: called with the id of the process.
 
         Returns:
@@ -53,7 +55,8 @@ class ScriptServer:
             request = {
                 "command": command,
                 "folder": folder,
-                "environment": dict(os.environ),
+                "environment": {**os.environ, **(environment or {})},
+                "new_interpreter": bool(environment),
                 "output": output,
                 "errors": errors,
             }
@@ -81,14 +84,21 @@ def serve() -> None:
 
 
 def run(
-    command: list[str], folder: str, environment: dict[str, str], output: str, errors: str
+    command: list[str],
+    folder: str,
+    environment: dict[str, str],
+    new_interpreter: bool,
+    output: str,
+    errors: str,
 ) -> None:
     """Run a script in this process.
 
     Args:
         command: the script and its flags.
         folder: where to run it.
-        environment: all variables; those that libraries read on import have no effect.
+        environment: all variables.
+        new_interpreter: whether the script imports the libraries itself, so that they read their
+            variables. With CUDA it always does, because a fork cannot use what its parent began.
         output: file for stdout.
         errors: file for stderr.
     """
@@ -98,6 +108,8 @@ def run(
     for number, path in enumerate([os.devnull, output, errors]):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
     os.chdir(folder)
+    if new_interpreter or torch.cuda.is_available():
+        os.execve(sys.executable, [sys.executable, *command], environment)
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = command
@@ -112,6 +124,6 @@ if __name__ == "__main__":
     import accelerate  # noqa: F401
     import pandas  # noqa: F401
     import peft  # noqa: F401
-    import torch  # noqa: F401
+    import torch
 
     serve()
