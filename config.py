@@ -45,8 +45,9 @@ UNUSED_FLAGS = {  # by the value of another flag
     ("model_code", "lru"): ("num_heads", "mask_prob"),
     ("model_code", "sas"): ("mask_prob",),
     ("model_code", "narm"): ("num_heads", "mask_prob"),
-    ("verbalizer", "letters"): ("retriever_prior", "folds"),
-    ("retriever_prior", False): ("folds",),
+    ("verbalizer", "letters"): ("title_prior", "folds"),
+    ("title_prior", "popularity"): ("folds",),
+    ("title_prior", "none"): ("folds",),
     ("verbalizer", "titles"): (
         "llm_train_on_inputs", "llm_negative_sample_size", "llm_system_template",
         "llm_input_template", "train_candidates", "response_loss", "permutations",
@@ -379,11 +380,12 @@ class RankerConfig(LanguageModelConfig):
         "likelihood of their titles",
         choices=("letters", "titles"),
     )
-    retriever_prior: bool = result_flag(
-        True,
-        "score titles relative to the retriever's probabilities, which the language model learns "
-        "to correct; without it, by their likelihood alone",
-        boolean,
+    title_prior: str = result_flag(
+        "retriever",
+        "probabilities of items that the language model learns to correct with titles: the "
+        "retriever's, or popularity, their share of the training interactions; none: score titles "
+        "by their likelihood as plain text",
+        choices=("retriever", "popularity", "none"),
     )
     folds: int = result_flag(
         3,
@@ -459,8 +461,13 @@ class RankerConfig(LanguageModelConfig):
 
     @property
     def is_guided(self) -> bool:
-        """Whether titles are scored relative to the retriever's probabilities."""
-        return self.verbalizer == "titles" and self.retriever_prior
+        """Whether titles are scored relative to probabilities of their items."""
+        return self.verbalizer == "titles" and self.title_prior != "none"
+
+    @property
+    def uses_folds(self) -> bool:
+        """Whether these probabilities come from retrievers that were trained on other users."""
+        return self.verbalizer == "titles" and self.title_prior == "retriever"
 
     def with_retriever(self, data_code: str) -> RankerConfig:
         """These settings with the retriever's run, by default LRURec's on the data set."""
@@ -678,8 +685,9 @@ def ranker_preset(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     if given.get("verbalizer") != "titles":
         return {}
-    guided = given.get("retriever_prior", True)
-    return _TITLES | ({"rerank_best_metric": LOG_LIKELIHOOD} if guided else {})
+    # Without the retriever, the likelihood among its candidates says little.
+    with_retriever = given.get("title_prior", "retriever") == "retriever"
+    return _TITLES | ({"rerank_best_metric": LOG_LIKELIHOOD} if with_retriever else {})
 
 
 # What the published code does, see docs/llm4idrec.md.

@@ -135,18 +135,18 @@ def read_candidates(config: RankerConfig, data: SequenceDataset) -> dict[str, Ca
 
 
 def check_retriever(config: RankerConfig) -> None:
-    """Refuse a run without the files that the retriever's prior needs.
+    """Refuse a run without the files that the prior of the titles needs.
 
     Raises:
         UserError: a file is missing.
     """
     if not config.is_guided:
         return
-    for name in (CONFIG, LOG, RETRIEVER_WEIGHTS):
-        if not (config.retrieved_dir / name).exists():
+    prior, folder = config.title_prior, config.retrieved_dir
+    for name in (CONFIG, LOG, RETRIEVER_WEIGHTS) if config.uses_folds else (CONFIG,):
+        if not (folder / name).exists():
             raise UserError(
-                f"{config.retrieved_dir}: no {name} there, which --retriever_prior true needs; "
-                f"{RETRAIN}, or set --retriever_prior false"
+                f"{folder}: no {name} there, which --title_prior {prior} needs; {RETRAIN}"
             )
 
 

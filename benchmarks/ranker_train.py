@@ -61,9 +61,9 @@ from benchmarks.language_models import (
 from benchmarks.memory import in_own_process, peak_mib, rss_mib
 from config import RankerConfig, ranker_preset
 from dataloader.guided_titles import GuidedDocuments
+from dataloader.item_prior import ItemScores, RetrieverPrior
 from dataloader.prompt import RESPONSE_TOKENS
 from dataloader.prompt_batches import IGNORE_INDEX, BatchLimits, TrainingPrompts, pad_left
-from dataloader.retriever_prior import ItemScores, RetrieverPrior
 from dataloader.title_batches import pad_right
 from dataloader.title_prompt import HEADING, TitlePrompts
 from datasets import SequenceDataset

@@ -1,4 +1,4 @@
-"""Batches for a language model that chooses titles branch by branch, guided by a retriever.
+"""Batches for a language model that chooses titles branch by branch, guided by a prior.
 
 At each fork of the prefix tree (``dataloader.title_trie``) on the path to a title, the options are
 the fork's branches. In addition to the inputs of ``dataloader.title_batches``, a batch has
@@ -6,7 +6,7 @@ the fork's branches. In addition to the inputs of ``dataloader.title_batches``, 
 - ``fork_sources`` (M,): flat index of the position that predicts the token after each fork;
 - ``option_forks``, ``option_tokens`` (P,): fork of each option, from 0 to M - 1, and its token as
   an index into ``TitleTrie.tokens``;
-- ``option_priors`` (P,) float32: log of the retriever's probability of the option's items;
+- ``option_priors`` (P,) float32: log of the prior's probability of the option's items;
 - ``chosen`` (T,): indices of the options on the paths to the titles.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dataloader.retriever_prior import RetrieverPrior
+from dataloader.item_prior import ItemPrior
 from dataloader.title_batches import Batch, CandidateTitles, TitleDocuments, branch_batch
 from dataloader.title_prompt import TitlePrompts
 from dataloader.title_trie import TitleTrie
@@ -66,7 +66,7 @@ def fork_options(
 class GuidedDocuments(TitleDocuments):
     """Documents whose titles are chosen branch by branch.
 
-    A user's first item serves only as context, since the retriever has no history before it.
+    A user's first item serves only as context, since a retriever has no history before it.
 
     Args:
         data: the data set.
@@ -74,11 +74,11 @@ class GuidedDocuments(TitleDocuments):
         limits: further arguments of ``TitleDocuments``.
 
     Attributes:
-        prior: the retriever's probabilities before each interaction that can be a target; set it
-            before building batches.
+        prior: probabilities before each interaction that can be a target; set it before building
+            batches.
     """
 
-    prior: RetrieverPrior
+    prior: ItemPrior
 
     def __init__(self, data: SequenceDataset, prompts: TitlePrompts, **limits: Any) -> None:
         super().__init__(data, prompts, **limits)
@@ -136,10 +136,10 @@ class GuidedCandidates(CandidateTitles):
 
     Args:
         args, options: arguments of ``CandidateTitles``.
-        prior: the retriever's probabilities after each user's history; its keys are users.
+        prior: probabilities after each user's history; its keys are users.
     """
 
-    def __init__(self, *args: Any, prior: RetrieverPrior, **options: Any) -> None:
+    def __init__(self, *args: Any, prior: ItemPrior, **options: Any) -> None:
         super().__init__(*args, **options)
         self.trie, self.prior = self.prompts.trie, prior
 

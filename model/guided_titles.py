@@ -1,13 +1,14 @@
-"""Titles chosen branch by branch, by a language model and a retriever together.
+"""Titles chosen branch by branch, by a language model and a prior of the items together.
 
 At a fork of the prefix tree of all titles, the options are tokens t. With the language model's
-logit z(t) after history and prefix, and the retriever's probability p(t) after the same history,
+logit z(t) after history and prefix, and the prior's probability p(t) of the items under t, which
+is a retriever's after the same history or the items' popularity (``dataloader.item_prior``),
 
     q(t) = softmax over the options of (a z(t) + b log p(t))
 
 with weights a and b that are trained with the adapters. The score of a title is the sum of log q
 along its path, so that exp(score) is a distribution over the catalogue. With a = 0 and b = 1 it is
-the retriever's; the adapters learn what the retriever does not know. Log-linear interpolation of a
+the prior; the adapters learn what the prior does not know. Log-linear interpolation of a
 language model with another model is known in speech recognition as shallow fusion. As in A. Sriram
 et al., Cold Fusion, 2017 (https://arxiv.org/abs/1708.06426), it is part of training too.
 
@@ -27,13 +28,16 @@ from torch import Tensor, nn
 from model.language_model import base_causal_lm
 from model.title_likelihood import hidden_states
 
-INITIAL_WEIGHTS = (0.05, 1.0)  # of the language model's logits and the retriever
 
+def add_prior_weights(model: nn.Module, a: float = 0.05) -> None:
+    """Give a model the trainable parameter ``log_prior_weights`` (2,), log a and log b.
 
-def add_prior_weights(model: nn.Module) -> None:
-    """Give a model the trainable parameter ``log_prior_weights`` (2,), log a and log b."""
+    Args:
+        model: causal language model.
+        a: initial value of a; that of b is 1.
+    """
     device = next(model.parameters()).device
-    weights = torch.tensor(INITIAL_WEIGHTS, dtype=torch.float32, device=device)
+    weights = torch.tensor([a, 1.0], dtype=torch.float32, device=device)
     model.register_parameter("log_prior_weights", nn.Parameter(weights.log()))
 
 
@@ -77,9 +81,9 @@ def chosen_log_probabilities(model: nn.Module, batch: dict[str, Any], tokens: Te
 
 
 def guided_loss(model: nn.Module, batch: dict[str, Any], tokens: Tensor) -> Tensor:
-    """Compute the mean log-loss of a micro-batch's titles, minus the retriever's.
+    """Compute the mean log-loss of a micro-batch's titles, minus the prior's.
 
-    It is negative if both models together predict the titles better than the retriever alone.
+    It is negative if both together predict the titles better than the prior alone.
 
     Args:
         model: causal language model with ``log_prior_weights``.

@@ -97,7 +97,7 @@ def dry_run_ranker(
     last = sum(len(split.retrieved) for split in candidates.values())
     evaluation = Evaluation(seconds, len(evaluator.val_users), last)
     settings = fit_ranker.ranker_loop(config, language_model)
-    if config.is_guided:
+    if config.uses_folds:
         print(
             f"before: {config.folds} retrievers, each taking about as long as the given one, "
             "unless an earlier ranker has trained them"

@@ -70,8 +70,9 @@ def export_run(
         ranker = read_ranker(run_dir, settings, data, "cpu", base_model)
         export_ranker(run_dir, ranker, folder)
         export_rankings(run_dir, data, folder)
-        kind = "guided" if ranker.config.is_guided else ranker.config.verbalizer
-        described = {"base_model": ranker.language_model.base.name, "verbalizer": kind}
+        config = ranker.config
+        kind = f"titles, {config.title_prior}" if config.verbalizer == "titles" else "letters"
+        described = {"base_model": ranker.language_model.base.name, "scores": kind}
     with reading(run_dir / CONFIG):
         mask_history = retriever["mask_history"] != "never"
     export_data(data, ranker.prompts if ranker else None, folder)

@@ -126,19 +126,34 @@ def log_likelihood(history, candidate):
 ```
 """
 
-GUIDED = """
-`title_log_ratio` is what the language model adds to the retriever's log-probability of an item. At
-each fork of the prefix tree of all titles (`title_token_ids` in `items.parquet`), the next token
+FORKS = """
+At each fork of the prefix tree of all titles (`title_token_ids` in `items.parquet`), the next token
 has the probability
 
     q(t) = softmax over the tokens that continue a title of (a z(t) + b log p(t))
 
 where z are the language model's logits after the heading, the titles of the history (the last
-`max_history` items) and the title so far, p is the retriever's probability of all items that
+`max_history` items) and the title so far, p is the $prior of all items that
 continue with t, and a and b are exp of `log_prior_weights` in `adapter/prior_weights.safetensors`.
-The score of an item is the sum of log q along its title. We know of no other library with this
-computation; `recommend.py` does it for single users and for tables.
+The log-probability of an item is the sum of log q along its title. We know of no other library with
+this computation; `recommend.py` does it for single users and for tables.
 """
+
+WITH_RETRIEVER = """
+`title_log_ratio` is what the language model adds to the retriever's log-probability of an item.
+""" + FORKS.replace("$prior", "retriever's probability")
+
+WITH_POPULARITY = """
+`title_log_probability` is an item's log-probability by the language model, which knows how popular
+items are, and `log_popularity` the logarithm of its training interactions plus one.
+""" + FORKS.replace("$prior", "popularity")
+
+DETAILS = {  # by what the scores come from
+    "letters": LETTERS,
+    "titles, retriever": WITH_RETRIEVER,
+    "titles, popularity": WITH_POPULARITY,
+    "titles, none": TITLES,
+}
 
 
 def readme(
@@ -148,7 +163,7 @@ def readme(
     max_len: int,
     mask_history: bool,
     base_model: str | None = None,
-    verbalizer: str | None = None,
+    scores: str | None = None,
 ) -> str:
     """The README of an export.
 
@@ -158,7 +173,7 @@ def readme(
         max_len: length of the histories that the retriever takes.
         mask_history: whether the items of a history are excluded.
         base_model: the ranker's language model.
-        verbalizer: ``letters``, ``titles`` or ``guided``; None for a retriever.
+        scores: where the ranker's scores come from, a key of ``DETAILS``; None for a retriever.
     """
     text = RETRIEVER.substitute(
         run=run_dir,
@@ -168,7 +183,6 @@ def readme(
         max_len=max_len,
         masking=MASKED if mask_history else NOT_MASKED,
     )
-    if verbalizer is None:
+    if scores is None:
         return text
-    details = {"letters": LETTERS, "titles": TITLES, "guided": GUIDED}[verbalizer]
-    return text + RANKER.substitute(base_model=base_model) + details
+    return text + RANKER.substitute(base_model=base_model) + DETAILS[scores]

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, Subset
 
 from augmentation.merge import Interactions, load_augmented
 from config import RankerConfig, RetrieverConfig
-from dataloader.retriever_prior import ItemScores, RetrieverPrior
+from dataloader.item_prior import ItemScores, RetrieverPrior
 from dataloader.sampler import evaluation_loader
 from dataloader.sequences import Histories, Prefixes
 from datasets import SequenceDataset
@@ -38,7 +38,7 @@ from trainer.run_log import RunLog
 
 ENCODING_BATCH_SIZE = 256
 INHERITED = ("data_root", "cache_root", "device", "num_workers", "save_seconds")
-RETRAIN = "run train_retriever.py again, or set --retriever_prior false"
+RETRAIN = "run train_retriever.py again, or set --title_prior none"
 
 
 def training_prior(

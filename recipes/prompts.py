@@ -33,7 +33,7 @@ def build_prompts(
     """
     try:
         if config.verbalizer == "titles":
-            if not config.retriever_prior:
+            if not config.is_guided:
                 note_equal_titles(data)
             return TitlePrompts(
                 language_model.tokenizer,

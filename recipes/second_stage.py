@@ -64,6 +64,8 @@ def read_ranker(
         # config.json has resolved values: that of gradient_checkpointing is not a value of the
         # flag, and that of use_liger_kernel depends on the machine.
         settings = settings | {"gradient_checkpointing": "false", "use_liger_kernel": None}
+        if "retriever_prior" in settings:  # runs before --title_prior
+            settings["title_prior"] = "retriever" if settings["retriever_prior"] else "none"
         known = {name: settings[name] for name in flags_of(RankerConfig) if name in settings}
         config = RankerConfig(**reread(RankerConfig, known))
         num_candidates = int(settings["retriever"]["num_candidates"])

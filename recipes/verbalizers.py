@@ -3,7 +3,7 @@
 - ``Letters``, the paper's: one prompt lists the candidates under letters, and the logits of the
   letters are the scores (section 3.2.2).
 - ``Titles``: the log-likelihood of each candidate's title after the history is its score.
-- ``GuidedTitles``: titles too, but the language model corrects the retriever's probabilities.
+- ``GuidedTitles``: titles too, but the language model corrects probabilities of their items.
 
 A verbalizer provides training examples, their loss, and features of the candidates, which
 ``evaluation.fusion`` combines with the retriever's log-probability.
@@ -12,7 +12,7 @@ A verbalizer provides training examples, their loss, and features of the candida
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from typing import Any
 
@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from config import RankerConfig
 from dataloader.candidates import Candidates
 from dataloader.guided_titles import GuidedCandidates, GuidedDocuments
+from dataloader.item_prior import ItemPrior, PopularityPrior
 from dataloader.prompt import PromptBuilder
 from dataloader.prompt_batches import EvaluationPrompts, TrainingPrompts
-from dataloader.retriever_prior import RetrieverPrior
 from dataloader.sampler import evaluation_loader
 from dataloader.sequences import Prefixes
 from dataloader.title_batches import CandidateTitles, CatalogueTitles, TitleDocuments
@@ -46,7 +46,7 @@ from model.registry import load_retriever
 from model.title_likelihood import title_loss, title_scores
 from model.verbalizer import response_loss
 from recipes.language_model import LanguageModel
-from recipes.out_of_fold import evaluation_prior, training_prior
+from recipes.out_of_fold import evaluation_prior, retriever_config, training_prior
 from recipes.tuning import batch_limits
 from trainer.loop import Metrics
 
@@ -301,37 +301,36 @@ class Titles(_Titles):
 
 
 class GuidedTitles(_Titles):
-    """Titles chosen by language model and retriever together."""
+    """Titles chosen by the language model and a prior of their items together."""
 
     documents_class = GuidedDocuments
 
     def __init__(self, *args: Any, prompts: TitlePrompts) -> None:
         super().__init__(*args, prompts=prompts)
         self.tokens = torch.from_numpy(prompts.trie.tokens).to(self.device)
-        self._priors: dict[str, RetrieverPrior] = {}  # by split
-
-    def set_users(self, data: SequenceDataset, candidates: Mapping[str, Candidates]) -> None:
-        """See ``Verbalizer``; drops the retriever's probabilities of the earlier users."""
-        super().set_users(data, candidates)
-        self._priors = {}
-
-    def training_examples(self, seen: np.ndarray) -> GuidedDocuments:
-        """Users' training sequences, with probabilities from retrievers trained on other users."""
-        documents: GuidedDocuments = self.documents
-        interactions = documents.interactions(seen)
-        documents.prior = training_prior(self.config, self.data, interactions, self.device)
-        return documents
+        self._priors: dict[str, ItemPrior] = {}  # by split
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """Log-loss of the titles, minus the retriever's."""
+        """Log-loss of the titles, minus the prior's."""
         return guided_loss(model, batch, self.tokens)
+
+    def learned_weights(self, model: nn.Module) -> Metrics:
+        """Weights of the language model's logits and of the prior."""
+        names = ("language_model_weight", f"{self.config.title_prior}_weight")
+        return dict(zip(names, prior_weights(model).tolist()))
+
+    def training_examples(self, seen: np.ndarray) -> GuidedDocuments:
+        """Users' training sequences, with the prior before their items."""
+        documents: GuidedDocuments = self.documents
+        documents.prior = self.training_prior(documents.interactions(seen))
+        return documents
 
     def score(
         self, model: nn.Module, split: str, users: np.ndarray, description: str
     ) -> np.ndarray:
         """Log-probabilities of the candidates."""
         if split not in self._priors:
-            self._priors[split] = evaluation_prior(self.config, self.data, split, self.device)
+            self._priors[split] = self.evaluation_prior(split)
         titles = GuidedCandidates(
             self.data,
             split,
@@ -344,6 +343,31 @@ class GuidedTitles(_Titles):
         score = partial(guided_scores, tokens=self.tokens)
         return score_titles(model, self.loader(titles, split), score, description)
 
+    @abstractmethod
+    def training_prior(self, interactions: np.ndarray) -> ItemPrior:
+        """Probabilities before training interactions (n,), ascending indices into the items."""
+
+    @abstractmethod
+    def evaluation_prior(self, split: str) -> ItemPrior:
+        """Probabilities after the histories of all users."""
+
+
+class RetrieverTitles(GuidedTitles):
+    """Titles chosen by language model and retriever together."""
+
+    def set_users(self, data: SequenceDataset, candidates: Mapping[str, Candidates]) -> None:
+        """See ``Verbalizer``; drops the retriever's probabilities of the earlier users."""
+        super().set_users(data, candidates)
+        self._priors = {}
+
+    def training_prior(self, interactions: np.ndarray) -> ItemPrior:
+        """Those of retrievers that were trained on other users."""
+        return training_prior(self.config, self.data, interactions, self.device)
+
+    def evaluation_prior(self, split: str) -> ItemPrior:
+        """Those of the retriever itself."""
+        return evaluation_prior(self.config, self.data, split, self.device)
+
     def features(
         self, model: nn.Module, split: str, users: np.ndarray, scores: np.ndarray
     ) -> Features:
@@ -351,14 +375,43 @@ class GuidedTitles(_Titles):
         retriever = retriever_log_probabilities(self.candidates[split], users)
         return {LOG_RATIO: scores - retriever}
 
-    def learned_weights(self, model: nn.Module) -> Metrics:
-        """Weights of the language model's logits and of the retriever."""
-        names = ("language_model_weight", "retriever_weight")
-        return dict(zip(names, prior_weights(model).tolist()))
-
     def fuse_alone(self, features: Features, targets: np.ndarray) -> Fusion:
         """The guided log-probabilities themselves: the retriever's plus the log-ratio."""
         return Fusion({RETRIEVER: 1.0, LOG_RATIO: 1.0})
+
+
+class PopularityTitles(GuidedTitles):
+    """Titles chosen by a language model that knows how popular they are, without a retriever."""
+
+    def __init__(self, *args: Any, prompts: TitlePrompts) -> None:
+        super().__init__(*args, prompts=prompts)
+        self._counts = self.data.training_counts()  # those of the users it was tuned on
+
+    def _prior(self) -> ItemPrior:
+        mask_history = retriever_config(self.config).excludes_history
+        return PopularityPrior(self._counts, mask_history=mask_history)
+
+    def training_prior(self, interactions: np.ndarray) -> ItemPrior:
+        """The items' shares of the training interactions."""
+        return self._prior()
+
+    def evaluation_prior(self, split: str) -> ItemPrior:
+        """The same."""
+        return self._prior()
+
+    def features(
+        self, model: nn.Module, split: str, users: np.ndarray, scores: np.ndarray
+    ) -> Features:
+        """The candidates' log-probabilities, and the logarithms of their popularity."""
+        popularity = np.log1p(self._counts)[self.candidates[split].items[users]]
+        return {"title_log_probability": scores, "log_popularity": popularity}
+
+
+TITLES: dict[str, Callable[..., Verbalizer]] = {  # by --title_prior
+    "retriever": RetrieverTitles,
+    "popularity": PopularityTitles,
+    "none": Titles,
+}
 
 
 def build_verbalizer(
@@ -371,8 +424,6 @@ def build_verbalizer(
 ) -> Verbalizer:
     """Build the verbalizer of the prompts; see ``Verbalizer`` for the other arguments."""
     common = (config, data, candidates, language_model, device)
-    if isinstance(prompts, TitlePrompts) and config.is_guided:
-        return GuidedTitles(*common, prompts=prompts)
     if isinstance(prompts, TitlePrompts):
-        return Titles(*common, prompts=prompts)
+        return TITLES[config.title_prior](*common, prompts=prompts)
     return Letters(*common, prompts=prompts)

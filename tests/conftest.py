@@ -33,8 +33,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # pytest-xdist runs one process per core
 SHORT = ["--device", "cpu", "--max_steps", 2, "--warmup_steps", 0, "--lora_val_iterations", 2]
 RANKERS = {
     "letters": ["--llm_max_history", 5],
-    "titles": ["--verbalizer", "titles", "--llm_max_history", 5, "--retriever_prior", "false"],
+    "titles": ["--verbalizer", "titles", "--llm_max_history", 5, "--title_prior", "none"],
     "guided": ["--verbalizer", "titles", "--llm_max_history", 5, "--folds", 2],
+    "popularity": ["--verbalizer", "titles", "--llm_max_history", 5, "--title_prior", "popularity"],
 }
 
 

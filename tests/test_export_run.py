@@ -75,7 +75,7 @@ def test_the_ranker_with_transformers_and_peft_alone(
     assert table["target"].tolist() == (items == labels[users, None]).ravel().tolist()
     assert read_json(folder / "fusion.json") == read_json(ranker / "fusion.json")
     settings = read_json(ranker / "config.json")
-    if settings["verbalizer"] == "titles" and settings["retriever_prior"]:
+    if settings["verbalizer"] == "titles" and settings["title_prior"] != "none":
         assert (folder / "adapter" / "prior_weights.safetensors").exists()
         return
     recommender = Recommender(ranker, toy_data, "cpu", str(tiny_llama))

@@ -10,6 +10,7 @@ import recommend
 from datasets import SequenceDataset
 from errors import UserError
 from recipes.recommend import Recommender
+from recipes.second_stage import read_ranker
 from storage import read_json
 from tests.helpers import run_script
 
@@ -43,6 +44,17 @@ def test_ranker_as_in_rankings(ranker: Path, toy_data: SequenceDataset, tiny_lla
         assert np.array_equal(found.items[user][order], items[row][expected])
         np.testing.assert_allclose(alone[user][order], scores[row][expected], rtol=0.02, atol=0.02)
         assert found.items[user].tolist().index(labels[user]) + 1 == fused_ranks[user]
+
+
+@pytest.mark.parametrize("ranker", ["titles", "guided"], indirect=True)
+def test_runs_from_before_the_priors_had_names(
+    ranker: Path, toy_data: SequenceDataset, tiny_llama: Path
+):
+    settings = read_json(ranker / "config.json")
+    prior = settings.pop("title_prior")
+    settings["retriever_prior"] = prior == "retriever"
+    found = read_ranker(ranker, settings, toy_data, "cpu", str(tiny_llama))
+    assert found.config.title_prior == prior
 
 
 def test_the_full_history_is_read_and_left_out(

@@ -49,9 +49,9 @@ from augmentation.prompts import GenerationPrompts, IdPrompts, TrainingExamples
 from config import RetrieverConfig
 from dataloader.candidates import Candidates, load_candidates
 from dataloader.guided_titles import GuidedCandidates, GuidedDocuments
+from dataloader.item_prior import ItemScores, RetrieverPrior
 from dataloader.prompt import PromptBuilder
 from dataloader.prompt_batches import BatchLimits, EvaluationPrompts, TrainingPrompts
-from dataloader.retriever_prior import ItemScores, RetrieverPrior
 from dataloader.sampler import ShuffledBatches, evaluation_loader
 from dataloader.sequences import Histories, MaskedWindows, Prefixes, TrainingWindows
 from dataloader.title_prompt import TitlePrompts

@@ -235,11 +235,21 @@ def check_titles(run: Path, broken: Path, flags: list[object]) -> dict[str, Any]
 
 
 def test_titles(flags: list[object], tmp_path: Path):
-    flags = [*flags, *TITLES, "--retriever_prior", "false"]
+    flags = [*flags, *TITLES, "--title_prior", "none"]
     weights = check_titles(tmp_path / "run", tmp_path / "broken", flags)
     own = ["title_log_likelihood", "title_log_likelihood_without_history", "title_tokens"]
     assert list(weights["ranker"]) == own
     assert list(weights["fused"]) == ["retriever_log_probability", *own]
+
+
+def test_titles_with_popularity(flags: list[object], tmp_path: Path):
+    flags = [*flags, *TITLES, "--title_prior", "popularity"]
+    weights = check_titles(tmp_path / "run", tmp_path / "broken", flags)
+    own = ["title_log_probability", "log_popularity"]
+    assert list(weights["ranker"]) == own
+    assert list(weights["fused"]) == ["retriever_log_probability", *own]
+    log = (tmp_path / "run" / "log.jsonl").read_text()
+    assert "val_popularity_weight" in log and "val_retriever_weight" not in log
 
 
 def test_titles_with_the_retrievers_prior(flags: list[object], tmp_path: Path, retrieved: Path):

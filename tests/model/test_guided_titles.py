@@ -1,4 +1,4 @@
-"""Titles chosen by language model and retriever: against one title at a time, from all logits."""
+"""Titles chosen by language model and prior: against one title at a time, from all logits."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from dataloader.candidates import Candidates
 from dataloader.guided_titles import GuidedCandidates, GuidedDocuments
+from dataloader.item_prior import ItemPrior, ItemScores, PopularityPrior, RetrieverPrior
 from dataloader.prompt_batches import BatchLimits
-from dataloader.retriever_prior import ItemScores, RetrieverPrior
 from dataloader.title_prompt import TitlePrompts
 from dataloader.title_trie import TitleTrie
 from datasets import SequenceDataset
@@ -87,10 +87,11 @@ def score(
     trie: TitleTrie,
     items: np.ndarray,
     users: np.ndarray,
+    prior: ItemPrior | None = None,
 ) -> torch.Tensor:
     """Scores of the candidates ``items`` (num_users, C) of ``users``, ascending."""
     candidates = Candidates(items, NO_SCORES, NO_SCORES, NO_SCORES)
-    prior = make_prior(np.arange(data.num_users), data.num_items)
+    prior = prior or make_prior(np.arange(data.num_users), data.num_items)
     examples = GuidedCandidates(
         data, "test", candidates, prompts, users=users, pad_id=1, prior=prior
     )
@@ -100,14 +101,17 @@ def score(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["retriever", "popularity"])
 def test_scores_equal_each_title_alone(
-    model: nn.Module, toy_data: SequenceDataset, prompts: TitlePrompts, trie: TitleTrie
+    model: nn.Module, toy_data: SequenceDataset, prompts: TitlePrompts, trie: TitleTrie, kind: str
 ):
     users = np.array([3, 7, 50])
     rng = np.random.default_rng(0)
     items = np.stack([rng.permutation(40)[:6] + 1 for _ in range(toy_data.num_users)])
-    scores = score(model, toy_data, prompts, trie, items, users)
-    prior = make_prior(np.arange(toy_data.num_users), toy_data.num_items)
+    prior: ItemPrior = make_prior(np.arange(toy_data.num_users), toy_data.num_items)
+    if kind == "popularity":
+        prior = PopularityPrior(toy_data.training_counts(), mask_history=True)
+    scores = score(model, toy_data, prompts, trie, items, users, prior)
     for row, user in enumerate(users):
         history = toy_data.item_ids[toy_data.offsets[user] : toy_data.offsets[user + 1] - 1]
         (p,) = prior.probabilities(np.array([user]), [history])
@@ -203,6 +207,15 @@ def test_items_of_the_history_are_impossible_unless_they_are_the_target():
     scores = prior.encodings[1] @ layer.embeddings.T + layer.bias
     kept = [1, 3, *range(4, 11)]
     np.testing.assert_allclose(p[kept], np.exp(scores[kept]) / np.exp(scores[kept]).sum())
+
+
+def test_popularity_counts_all_interactions_but_the_target():
+    prior = PopularityPrior(np.array([0, 3, 1, 5]), mask_history=True)
+    histories = [np.array([1]), np.array([3, 2])]
+    found = prior.probabilities(np.arange(2), histories)
+    np.testing.assert_allclose(found, [[0, 0, 2 / 8, 6 / 8], [0, 1, 0, 0]])
+    found = prior.probabilities(np.arange(2), histories, np.array([3, 3]))
+    np.testing.assert_allclose(found, [[0, 0, 2 / 7, 5 / 7], [0, 4 / 9, 0, 5 / 9]])
 
 
 def test_log_softmax_by_group():

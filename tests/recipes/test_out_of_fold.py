@@ -10,7 +10,7 @@ import torch
 
 from augmentation.merge import AUGMENTED_FILE, Interactions, save_augmented
 from config import RankerConfig
-from dataloader.retriever_prior import RetrieverPrior
+from dataloader.item_prior import RetrieverPrior
 from datasets import SequenceDataset
 from errors import InputError, UserError
 from jagged import JaggedBatch
@@ -216,7 +216,7 @@ def test_best_step(run: Path):
 @pytest.mark.parametrize("name", ["model.safetensors", "log.jsonl"])
 def test_damaged_files(run: Path, toy_data: SequenceDataset, name: str):
     (run / name).write_text("{")
-    with pytest.raises(UserError, match=r"run train_retriever\.py again, or set --retriever_prior"):
+    with pytest.raises(UserError, match=r"run train_retriever\.py again, or set --title_prior"):
         if name == "model.safetensors":
             evaluation_prior(config(run), toy_data, "val", CPU)
         else:
