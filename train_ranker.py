@@ -145,8 +145,10 @@ def check_retriever(config: RankerConfig) -> None:
     prior, folder = config.title_prior, config.retrieved_dir
     for name in (CONFIG, LOG, RETRIEVER_WEIGHTS) if config.uses_folds else (CONFIG,):
         if not (folder / name).exists():
+            other = "none" if name == CONFIG else "popularity"
             raise UserError(
-                f"{folder}: no {name} there, which --title_prior {prior} needs; {RETRAIN}"
+                f"{folder}: no {name} there, which --title_prior {prior} needs; {RETRAIN}, or set "
+                f"--title_prior {other}"
             )
 
 

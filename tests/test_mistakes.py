@@ -500,10 +500,10 @@ RETRIEVED = [
     Mistake("other filters", f"{CANDIDATES} --min_uc 9", f"--min_uc 9: {RETRIEVER} used 5; leave "),
     Mistake("no weights of the retriever", f"{CANDIDATES} --verbalizer titles",
             f"{RETRIEVER}: no model.safetensors there, which --title_prior retriever needs; run "
-            "train_retriever.py again, or set --title_prior none",
+            "train_retriever.py again, or set --title_prior popularity",
             {f"{RETRIEVER}/model.safetensors": None}),
     Mistake("unknown prior", f"{CANDIDATES} --verbalizer titles --title_prior items",
-            "argument --title_prior: invalid choice: 'items' (choose from"),
+            "error: --title_prior: invalid choice: 'items' (choose from "),
     retrieved("candidates empty", "candidates.npz", b"", "candidates.npz is damaged ("),
     retrieved("candidates truncated", "candidates.npz", lambda x: x[:1000],
               "run train_retriever.py with the same data and --min_* flags"),
