@@ -28,16 +28,18 @@ from torch import Tensor, nn
 from model.language_model import base_causal_lm
 from model.title_likelihood import hidden_states
 
+INITIAL_WEIGHTS = {"retriever": (0.05, 1.0), "popularity": (0.1, 1.0)}  # a and b by prior
 
-def add_prior_weights(model: nn.Module, a: float = 0.05) -> None:
+
+def add_prior_weights(model: nn.Module, prior: str = "retriever") -> None:
     """Give a model the trainable parameter ``log_prior_weights`` (2,), log a and log b.
 
     Args:
         model: causal language model.
-        a: initial value of a; that of b is 1.
+        prior: ``retriever`` or ``popularity``; it sets the initial values.
     """
     device = next(model.parameters()).device
-    weights = torch.tensor([a, 1.0], dtype=torch.float32, device=device)
+    weights = torch.tensor(INITIAL_WEIGHTS[prior], dtype=torch.float32, device=device)
     model.register_parameter("log_prior_weights", nn.Parameter(weights.log()))
 
 

@@ -126,7 +126,7 @@ def log_likelihood(history, candidate):
 ```
 """
 
-FORKS = """
+FORKS = Template("""
 At each fork of the prefix tree of all titles (`title_token_ids` in `items.parquet`), the next token
 has the probability
 
@@ -137,16 +137,16 @@ where z are the language model's logits after the heading, the titles of the his
 continue with t, and a and b are exp of `log_prior_weights` in `adapter/prior_weights.safetensors`.
 The log-probability of an item is the sum of log q along its title. We know of no other library with
 this computation; `recommend.py` does it for single users and for tables.
-"""
+""")
 
 WITH_RETRIEVER = """
 `title_log_ratio` is what the language model adds to the retriever's log-probability of an item.
-""" + FORKS.replace("$prior", "retriever's probability")
+""" + FORKS.substitute(prior="retriever's probability")
 
 WITH_POPULARITY = """
 `title_log_probability` is an item's log-probability by the language model, which knows how popular
 items are, and `log_popularity` the logarithm of its training interactions plus one.
-""" + FORKS.replace("$prior", "popularity")
+""" + FORKS.substitute(prior="popularity")
 
 DETAILS = {  # by what the scores come from
     "letters": LETTERS,

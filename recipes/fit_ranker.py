@@ -55,7 +55,6 @@ ADAPTER = "adapter"
 RANKINGS = "rankings.npz"
 FUSION = "fusion.json"
 METRICS = "{}_metrics.json"
-INITIAL_WEIGHTS = {"retriever": 0.05, "popularity": 0.1}  # of the logits, by --title_prior
 
 
 def train(
@@ -166,7 +165,7 @@ def load_model(
     sharded = config.llm_shard_weights and size() > 1
     model = load_with_adapters(language_model, config, accelerator, sharded=sharded)
     if config.is_guided:
-        add_prior_weights(model, INITIAL_WEIGHTS[config.title_prior])
+        add_prior_weights(model, config.title_prior)
     return model
 
 
