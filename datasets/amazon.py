@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import gzip
+import html
 import json
 import zlib
 from pathlib import Path
@@ -64,7 +65,8 @@ def _source(
 def read_titles(path: Path) -> dict[str, str]:
     """Read titles by item from gzipped metadata with one record per line.
 
-    A record is a JSON object (2018) or a Python literal (2014).
+    A record is a JSON object (2018) or a Python literal (2014). HTML entities in its title, as in
+    "Command &amp; Conquer", are decoded.
 
     Raises:
         UserError: the file is missing, damaged or empty, or a line is not a record.
@@ -106,5 +108,5 @@ def _parse_record(line: str) -> tuple[str, str]:
         record = json.loads(line)
     except ValueError:
         record = ast.literal_eval(line)  # accepts literals only, never runs code
-    title = clean_title(str(record.get("title") or ""))
+    title = clean_title(html.unescape(str(record.get("title") or "")))
     return str(record["asin"]).strip() if title else "", title

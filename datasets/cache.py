@@ -22,7 +22,7 @@ from storage import (
     write_mappable_arrays,
 )
 
-CACHE_FORMAT = 4  # increment when preprocessing or the arrays in the file change
+CACHE_FORMAT = 5  # increment when preprocessing or the arrays in the file change
 MAX_STEM = 40  # characters of a file's name in a code, at most four bytes each
 
 

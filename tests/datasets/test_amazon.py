@@ -1,4 +1,5 @@
 import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,14 @@ def test_metadata_in_both_forms(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert capsys.readouterr().err == (
         "note: the paper reports 22,332 users, 12,086 items, 198,215 interactions for beauty\n"
     )
+
+
+def test_html_entities_in_titles_are_decoded(tmp_path: Path):
+    path = tmp_path / "meta.json.gz"
+    titles = {"i1": "A &amp; B&#39;s &eacute;&nbsp;&#10;C", "i2": "A &amp;amp; B", "i3": "A & B; C"}
+    lines = [json.dumps({"asin": item, "title": title}) + "\n" for item, title in titles.items()]
+    path.write_bytes(gzip.compress("".join(lines).encode()))
+    assert read_titles(path) == {"i1": "A & B's é C", "i2": "A &amp; B", "i3": "A & B; C"}
 
 
 def test_metadata_is_never_executed(tmp_path: Path):
